@@ -1,0 +1,180 @@
+"""Everything that can be known of a recipe before a model loads: ``python -m ldo.check RECIPE [a.b=c ...]``.
+
+Each rule raises a ``RecipeError`` of one line: what, where, and the mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldo import data
+from ldo.config import STAGES, Recipe, RecipeError, read
+from ldo.generator.folder import FAMILIES, Geometry, read_geometry
+from ldo.sandbox import dataset as sandbox
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe found sound. ``clips`` is None where they are yet to be made; geometry where a Hub model is yet to come."""
+
+    recipe: Recipe
+    model: str
+    world_model: str
+    geometry: Geometry | None
+    clips: list[data.Clip] | None
+    prompts: list[data.PromptLine] | None
+
+
+def check(recipe: Recipe) -> Checked:
+    """Validate a recipe's values, its model folders and its data. RecipeError on the first thing wrong."""
+    _values(recipe)
+    model, geometry = _generator(recipe)
+    world_model = _world_model(recipe)
+    clips = None
+    if recipe.data.source == "videos" and recipe.data.videos != "sandbox" and {"sft", "align"} & set(recipe.stages):
+        clips = data.read_folder(Path(recipe.data.videos), recipe.data.frames, recipe.data.fps)
+    prompts = None if recipe.data.prompts == "sandbox" else data.read_prompts(Path(recipe.data.prompts))
+    if recipe.evaluate.prompts != "sandbox":
+        data.read_prompts(Path(recipe.evaluate.prompts), "evaluate.prompts")
+    return Checked(recipe, model, world_model, geometry, clips, prompts)
+
+
+def _require(fine: bool, message: str) -> None:
+    if not fine:
+        raise RecipeError(message)
+
+
+def _values(r: Recipe) -> None:
+    """Rules that need no file."""
+    _require(bool(re.fullmatch(r"[\w.-]+", r.name)), f"name is {r.name!r}; use letters, digits, '.', '_' and '-'")
+    _require(r.device in ("auto", "cpu", "cuda"), f"device is {r.device!r}; choose auto, cpu or cuda")
+    unknown = [s for s in r.stages if s not in STAGES]
+    _require(not unknown, f"stages: {', '.join(unknown)} unknown; choose among {', '.join(STAGES)}")
+    _require(list(r.stages) == [s for s in STAGES if s in r.stages], f"stages: the order is {', '.join(STAGES)}, each at most once")
+    _require(r.model.family in FAMILIES, f"model.family is {r.model.family!r}; choose one of {', '.join(FAMILIES)}")
+    positive = {
+        "data.frames": r.data.frames, "data.fps": r.data.fps, "data.clips": r.data.clips, "lora.rank": r.lora.rank, "lora.alpha": r.lora.alpha,
+        "align.steps": r.align.steps, "align.batch": r.align.batch, "align.lr": r.align.lr, "rl.updates": r.rl.updates,
+        "rl.prompts": r.rl.prompts, "rl.epochs": r.rl.epochs, "rl.minibatches": r.rl.minibatches, "rl.lr": r.rl.lr, "rl.clip": r.rl.clip,
+        "rl.guard_clip": r.rl.guard_clip, "rl.window_range": r.rl.window_range, "rl.train_times": r.rl.train_times, "rl.ema_every": r.rl.ema_every,
+        "evaluate.count": r.evaluate.count, "evaluate.seeds": r.evaluate.seeds, "evaluate.batch": r.evaluate.batch,
+        "evaluate.steps": r.evaluate.steps, "save_every": r.save_every, "model.text_length": r.model.text_length,
+        "gate.pairs": r.gate.pairs, "critic.kappa": r.critic.kappa, "teacher.stride": r.teacher.stride, "critic.stride": r.critic.stride,
+    }  # fmt: skip
+    for key, value in positive.items():
+        _require(value > 0, f"{key} is {value}; it must be above 0")
+    for key, value in {"teacher.block": r.teacher.block, "rl.ema": r.rl.ema, "critic.top": r.critic.top}.items():
+        _require(0 <= value < 1 or (key == "critic.top" and value == 1), f"{key} is {value}; it must be in [0, 1)")
+    _windows("teacher", r.teacher.window, r.teacher.context, r.data.frames)
+    _require(
+        r.teacher.mode == "encode" or r.teacher.stride <= r.teacher.window - r.teacher.context,
+        f"teacher.stride is {r.teacher.stride}; above window - context = {r.teacher.window - r.teacher.context} some frames are never forecast",
+    )
+    _require(len(r.critic.contexts) > 0, "critic.contexts is empty; give at least one, e.g. [4, 8]")
+    for context in r.critic.contexts:
+        _windows("critic", r.critic.window, context, r.data.frames)
+    rl = r.rl
+    _require(rl.group_size >= 2, f"rl.group_size is {rl.group_size}; a group needs at least 2 samples to compare, 8 or more to learn well")
+    _require(rl.prompts % rl.minibatches == 0, f"rl.minibatches is {rl.minibatches}; it must divide rl.prompts ({rl.prompts})")
+    last = rl.window_start + rl.window + rl.window_range - 1
+    _require(
+        rl.window >= 1 and last <= rl.steps - 1,
+        f"rl.window: steps {rl.window_start}..{last - 1} can be stochastic, but of {rl.steps} the last must be the ODE's; make the window smaller",
+    )
+    _require(rl.sampler != "cps" or 0 < rl.eta < 1, f"rl.eta is {rl.eta}; cps takes a value in (0, 1)")
+    _require(rl.eta > 0, f"rl.eta is {rl.eta}; without noise a group has nothing to compare")
+    total = r.evaluate.count * r.evaluate.seeds
+    _require(
+        total % r.evaluate.batch == 0,
+        f"evaluate.batch is {r.evaluate.batch}; it must divide count x seeds ({total}), so that all batches have one shape",
+    )
+
+
+def _windows(section: str, window: int, context: int, frames: int) -> None:
+    key = "context" if section == "teacher" else "contexts"
+    _require(0 < context < window, f"{section}.{key}: a context of {context} frames is not shorter than the window of {window}; make it smaller")
+    _require(
+        window <= frames - 1,
+        f"{section}.window is {window}; clips of data.frames = {frames} leave {frames - 1} after the first: use at most {frames - 1}",
+    )
+
+
+def _folder(where: str, path: str, shipped: Path) -> Path | None:
+    """The folder a model path names; None for a Hub name."""
+    if path == "sandbox":
+        return shipped
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    _require(
+        bool(_HUB.fullmatch(path)) and not path.startswith("."),
+        f"{where}: folder {path} does not exist; give a checkpoint folder, a Hub name (owner/name), or sandbox",
+    )
+    return None
+
+
+def _generator(r: Recipe) -> tuple[str, Geometry | None]:
+    folder = _folder("model.path", r.model.path, sandbox.GENERATOR)
+    if folder is None:
+        return r.model.path, None
+    try:
+        family, geometry = read_geometry(folder)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from None
+    _require(family == r.model.family, f"model.family is {r.model.family!r}, but {folder} holds a {family} model; set model.family={family}")
+    problem = geometry.problem(r.data.frames, r.data.height, r.data.width)
+    _require(problem is None, f"data: {problem}")
+    return str(folder), geometry
+
+
+def _world_model(r: Recipe) -> str:
+    folder = _folder("world_model.path", r.world_model.path, sandbox.WORLD_MODEL)
+    if folder is None:
+        return r.world_model.path
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise RecipeError(f"world_model.path: {folder} is not a V-JEPA 2 folder: it has no readable config.json") from None
+    _require(config.get("model_type") == "vjepa2", f"world_model.path: {folder} holds a {config.get('model_type')} model; a vjepa2 model is needed")
+    tubelet = config.get("tubelet_size", 2)
+    sizes = {"teacher.window": r.teacher.window, "teacher.context": r.teacher.context, "teacher.stride": r.teacher.stride}
+    sizes |= {"critic.window": r.critic.window, **{f"critic.contexts ({c})": c for c in r.critic.contexts}}
+    for key, value in sizes.items():
+        _require(value % tubelet == 0, f"{key} is {value}; it must be a multiple of the world model's tubelets of {tubelet} frames")
+    _require((r.data.frames - 1) % tubelet == 0, f"data.frames is {r.data.frames}; without its first frame a clip must be a multiple of {tubelet}")
+    return str(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ldo.check", description="Check a recipe without loading a model.")
+    parser.add_argument("recipe", nargs="?", default="recipes/sandbox.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    args = parser.parse_args(argv)
+    try:
+        checked = check(read(args.recipe, args.overrides))
+    except RecipeError as error:
+        print(f"ldo: {error}", file=sys.stderr)
+        return 2
+    g, d = checked.geometry, checked.recipe.data
+    print(f"generator    {checked.model}")
+    if g:
+        latent = g.latents(d.frames, d.height, d.width)
+        print(f"             {d.frames} x {d.height} x {d.width} pixels -> latents {latent} -> {g.tokens(latent)} tokens")
+        print(f"             {g.blocks} blocks of width {g.width}")
+    print(f"world model  {checked.world_model}")
+    print(f"clips        {'made when the run starts' if checked.clips is None else len(checked.clips)}")
+    print(f"prompts      {'made when the run starts' if checked.prompts is None else len(checked.prompts)}")
+    print("The recipe is sound.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

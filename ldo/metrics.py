@@ -1,0 +1,53 @@
+"""Where figures go while a run trains: one JSON line a step, TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ldo.checkpoint import write_text
+
+
+class Log:
+    """Figures of one stage: ``<run>/<stage>.jsonl`` and TensorBoard events.
+
+    Opened at ``step``, it drops every line from that step on, so a resumed run leaves the log of an undisturbed one.
+    """
+
+    def __init__(self, run: Path, stage: str, step: int = 0, active: bool = True):
+        self.path, self.stage, self.active = run / f"{stage}.jsonl", stage, active
+        self._board = None
+        if not active:
+            return
+        kept = [row for row in read(self.path) if row["step"] < step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self.path, "a")  # noqa: SIM115 - open for as long as the stage runs
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run / "tensorboard" / stage), purge_step=step)
+
+    def write(self, step: int, **figures: float) -> None:
+        """Log the figures of one step."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+        for key, value in figures.items():
+            self._board.add_scalar(f"{self.stage}/{key}", value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()
+            self._board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log; a last line cut short by a kill is dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows

@@ -1,0 +1,7 @@
+"""The three operations of LDO, each one function with an ``impl`` argument; the reference forms are the specification."""
+
+from ldo.ops.advantage import GroupStats, group_advantage
+from ldo.ops.relation import relation_loss
+from ldo.ops.residual import predictive_residual
+
+__all__ = ["GroupStats", "group_advantage", "predictive_residual", "relation_loss"]

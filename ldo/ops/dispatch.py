@@ -1,0 +1,24 @@
+"""Which implementation serves a call, and one log line the first time each is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from functools import cache
+
+log = logging.getLogger("ldo.ops")
+
+
+def choose(op: str, impl: str, available: Collection[str], default: str, why: str) -> str:
+    """Resolve ``impl`` ("auto" gives ``default``); ValueError for one that ``op`` does not have here."""
+    if impl == "auto":
+        _say(op, default, why)
+        return default
+    if impl not in available:
+        raise ValueError(f"{op}: impl={impl!r} is not available; choose auto or one of {', '.join(available)}")
+    return impl
+
+
+@cache
+def _say(op: str, impl: str, why: str) -> None:
+    log.info("%s: %s (%s)", op, impl, why)

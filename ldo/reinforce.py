@@ -1,0 +1,287 @@
+"""Stage 2: GRPO. For each prompt the generator samples a group of videos, the critic compares them, the policy follows.
+
+The adapter goes on from stage 1's values, of which a frozen copy is the reference. What is exported is an exponential
+average of the values. Every draw is a function of (seed, update, group), so neither a resume nor another number of
+processes changes a sample.
+
+Shapes: G groups of size g, N = G g samples, S stochastic steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldo import align, checkpoint, critic, data, flow, lora, objectives
+from ldo.distributed import gather
+from ldo.metrics import Log
+from ldo.ops import group_advantage
+from ldo.progress import Bar
+from ldo.rng import numpy_rng, torch_rng
+from ldo.rollout import Plan, Trajectory, decode, kicks, sample, step
+from ldo.run import Run
+from ldo.sandbox.dataset import prompt_of
+from ldo.sandbox.measure import measure
+from ldo.update import TrainingError, apply
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One rollout of this rank: its groups' numbers within the update, texts, trajectory, advantages and references."""
+
+    groups: list[int]
+    text_N: Tensor
+    plan: Plan
+    trajectory: Trajectory
+    advantage_N: Tensor
+    mean_ref_SN: Tensor | None
+
+
+def minibatch_groups(run: Run) -> list[list[int]]:
+    """For each minibatch of an update, the groups that fall to this rank: equal work everywhere."""
+    rl = run.recipe.rl
+    size = rl.prompts // rl.minibatches
+    return [[m * size + i for i in run.world.share(size)] for m in range(rl.minibatches)]
+
+
+def make_plan(run: Run, update: int) -> Plan:
+    """The sampling plan of an update; its stochastic window starts where this update's draw says."""
+    rl = run.recipe.rl
+    start = rl.window_start + int(numpy_rng(run.seed, "window", update).integers(rl.window_range))
+    times = flow.schedule(rl.steps, run.generator.shift)
+    return Plan(tuple(times), tuple(range(start, start + rl.window)), rl.sampler, rl.eta, rl.guidance)
+
+
+def group_noise(run: Run, purpose: str, index: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:
+    """Initial noise [g, ...], one for the whole group if the recipe says so, and the stochastic steps' noise [S, g, ...]."""
+    rl = run.recipe.rl
+    rng = torch_rng(run.seed, purpose, *index)
+    start = torch.randn((1 if rl.shared_noise else size, *shape), generator=rng)
+    return start.expand(size, *shape), kicks((size, *shape), rl.window, rng)
+
+
+def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollout, dict[str, float]]:
+    """Sample this rank's groups, score them, compare them. Also the figures of the rollout over all ranks."""
+    recipe, rl, d, device = run.recipe, run.recipe.rl, run.recipe.data, run.world.device
+    groups = [g for part in minibatch_groups(run) for g in part]
+    chosen = data.batch_indices(run.seed, "prompts", update, rl.prompts, len(run.prompts))
+    lines = [run.prompts[chosen[g]] for g in groups]
+    plan = make_plan(run, update)
+    shape = run.generator.geometry.latents(d.frames, d.height, d.width)
+    drawn = [group_noise(run, "rollout", (update, g), shape, rl.group_size) for g in groups]
+    noise, pushes = torch.cat([n for n, _ in drawn]).to(device), torch.cat([k for _, k in drawn], 1).to(device)
+    text = run.texts([line.text for line in lines]).repeat_interleave(rl.group_size, 0)
+    null = run.texts([""])
+    trajectory = sample(run.generator, noise, text, null, plan, pushes, rl.group_size)
+    frames = decode(run.generator, trajectory.final_N, rl.group_size)
+
+    # what the stage-1 model makes of the same prompts and noise: the guards' measure
+    first = slice(None, None, rl.group_size)
+    still = Plan(plan.times, (), plan.sampler, 0.0, plan.guidance)
+    with lora.swapped(run.parameters, reference):
+        quiet = sample(run.generator, noise[first], text[first], null, still, pushes[:0, first], len(groups)).final_N
+        mean_ref = reference_means(run, trajectory, plan, text, null) if rl.kl and rl.objective == "grpo" else None
+    before = decode(run.generator, quiet, len(groups)).repeat_interleave(rl.group_size, 0)
+
+    scored = torch.cat([part for rows in frames.split(rl.group_size) for part in [columns(run, rows)]])
+    penalties, weights, names = critic.guards(frames, before, recipe.critic)
+    rewards = torch.cat([scored[:, :1], penalties], 1)
+    ids = torch.tensor(groups, device=device).repeat_interleave(rl.group_size)
+    ratio = critic.motion(frames) / critic.motion(before).clamp_min(1e-6)
+    figures_local = torch.cat([ids[:, None].float(), rewards, scored[:, 1:], ratio[:, None]], 1)
+    # groups are whole on a rank; gathering rewards alone makes statistics independent of how many ranks there are
+    everyone = gather(figures_local, run.world)
+    everyone = everyone[everyone[:, 0].argsort(stable=True)]
+    all_ids, all_rewards = everyone[:, 0].long(), everyone[:, 1 : 2 + len(names)]
+    weight = torch.cat([torch.ones(1, device=device), weights])
+    advantages, stats = group_advantage(all_rewards, all_ids, weight, clip=rl.advantage_clip)
+    mine = torch.cat([advantages[all_ids == g] for g in groups])
+    figures = {
+        "reward": float(all_rewards[:, 0].mean()),
+        "reward_std": float(stats.std[:, 0].mean()),
+        "reward_skill": float(everyone[:, 2 + len(names)].mean()),
+        "reward_plain": float(everyone[:, 3 + len(names)].mean()),
+        "motion_ratio": float(everyone[:, -1].mean()),
+        "zero_variance_groups": int(stats.zero_variance[:, 0].sum()),
+        **{f"guard_{n}": float(all_rewards[:, 1 + i].mean()) for i, n in enumerate(names)},
+    }
+    if update % recipe.save_every == 0:
+        figures |= exact(run, lines, frames)
+    return Rollout(groups, text, plan, trajectory, mine, mean_ref), figures
+
+
+def columns(run: Run, frames: Tensor) -> Tensor:
+    """Reward, skill and plain of one micro-batch [n, 3]."""
+    scores = critic.score(run.judge, frames, run.recipe.critic, run.recipe.data.fps)
+    return torch.stack([scores.reward, scores.skill, scores.plain], 1)
+
+
+def exact(run: Run, lines: list[data.PromptLine], frames: Tensor) -> dict[str, float]:
+    """Exact metrics of a rollout's videos, where the prompts are the sandbox's. Never trained on."""
+    prompts = [prompt_of(line.text, line.extra) for line in lines]
+    if any(p is None for p in prompts):
+        return {}
+    size = run.recipe.rl.group_size
+    found = [measure(f.cpu().numpy(), prompts[i // size]) for i, f in enumerate(frames)]
+    broken = gather(torch.tensor([float(bool(m.violations)) for m in found]), run.world)
+    return {"violation_rate": float(broken.mean())}
+
+
+@torch.no_grad()
+def reference_means(run: Run, trajectory: Trajectory, plan: Plan, text: Tensor, null: Tensor) -> Tensor:
+    """The reference's mean at every stochastic step [S, N, ...]; to be called with its values swapped in."""
+    size = run.recipe.rl.group_size
+    out = []
+    for s, index in enumerate(plan.window):
+        rows = zip(trajectory.x_SN[s].split(size), text.split(size), strict=True)
+        out.append(torch.cat([step(run.generator, x, index, plan, t, null)[0] for x, t in rows]))
+    return torch.stack(out)
+
+
+def micro_losses(run: Run, rollout: Rollout, groups: list[int], update: int, old: dict, reference: dict) -> Iterator[objectives.Loss]:
+    """The losses of some groups, one forward pass each: over stochastic steps (grpo) or drawn noise levels (nft, awm)."""
+    rl, size = run.recipe.rl, run.recipe.rl.group_size
+    null = run.texts([""])
+    trajectory, plan = rollout.trajectory, rollout.plan
+    for group in groups:
+        at = rollout.groups.index(group) * size
+        rows = slice(at, at + size)
+        text, advantage = rollout.text_N[rows], rollout.advantage_N[rows]
+        if not advantage.any():  # nothing to tell apart in this group
+            continue
+        if rl.objective == "grpo":
+            spans = [plan.times[i] - plan.times[i + 1] for i in plan.window]
+            for s, index in enumerate(plan.window):
+                mean, std = step(run.generator, trajectory.x_SN[s, rows], index, plan, text, null)
+                yield objectives.grpo(
+                    mean,
+                    std,
+                    trajectory.next_SN[s, rows],
+                    trajectory.mean_SN[s, rows],
+                    trajectory.logp_SN[s, rows],
+                    None if rollout.mean_ref_SN is None else rollout.mean_ref_SN[s, rows],
+                    advantage,
+                    guard=rl.guard,
+                    clip=rl.guard_clip if rl.guard else rl.clip,
+                    # equal weight for every step, the mean of the weights being 1
+                    weight=(1 / spans[s]) / (sum(1 / a for a in spans) / len(spans)) if rl.guard else 1.0,
+                    kl=rl.kl,
+                )
+            continue
+        x0 = trajectory.final_N[rows]
+        rng = torch_rng(run.seed, "levels", update, group)
+        levels = torch.randperm(rl.steps - 1, generator=rng)[: rl.train_times] + 1  # not pure noise
+        for level in levels.tolist():
+            noise = torch.randn(x0.shape, generator=rng).to(x0.device)
+            t_B = torch.full((size,), plan.times[level], device=x0.device)
+            x_t = flow.noisy(x0, noise, t_B)
+            with torch.no_grad():
+                with lora.swapped(run.parameters, old):
+                    v_old = run.generator.velocity(x_t, t_B, text)
+                v_ref = None
+                if rl.kl:
+                    with lora.swapped(run.parameters, reference):
+                        v_ref = run.generator.velocity(x_t, t_B, text)
+            v = run.generator.velocity(x_t, t_B, text)
+            if rl.objective == "nft":
+                yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
+            else:
+                yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
+
+
+def start_values(run: Run) -> dict[str, Tensor]:
+    """The adapter that stage 2 goes on from: stage 1's last checkpoint, or a fresh one if there was no stage 1."""
+    if "align" not in run.recipe.stages:
+        return run.fresh
+    state = checkpoint.load(run.checkpoint("align"))
+    if state is None or state["step"] < run.recipe.align.steps:
+        raise TrainingError("stage 2 needs the checkpoint of a finished stage 1; run the align stage first")
+    return {k: v.to(run.world.device) for k, v in state["lora"].items()}
+
+
+def train(run: Run) -> dict[str, Tensor]:
+    """Run stage 2; returns and exports the averaged adapter values."""
+    recipe, rl, world = run.recipe, run.recipe.rl, run.world
+    parameters = run.parameters
+    reference = start_values(run)
+    lora.restore(parameters, reference)
+    average = {k: v.clone() for k, v in reference.items()}
+    trained = list(parameters.values())
+    optimizer = torch.optim.AdamW(trained, lr=rl.lr, weight_decay=rl.weight_decay)
+    update, recent, stopped = 0, [], ""
+    state = checkpoint.load(run.checkpoint("reinforce"))
+    if state:
+        update, recent, stopped = state["step"], state["recent"], state["stopped"]
+        lora.restore(parameters, state["lora"])
+        average = {k: v.to(world.device) for k, v in state["average"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+    log = Log(run.folder, "reinforce", update, world.first)
+    with Bar("reinforce", rl.updates, update, world.first) as bar:
+        while update < rl.updates and not stopped:
+            rollout, figures = collect(run, update, reference)
+            figures |= learn(run, rollout, update, optimizer, reference)
+            update += 1
+            if update % rl.ema_every == 0:
+                n = update // rl.ema_every - 1
+                keep = min(rl.ema, (1 + n) / (10 + n))
+                average = {k: torch.lerp(parameters[k].detach(), v, keep) for k, v in average.items()}
+            recent = [*recent, figures["motion_ratio"]][-5:]
+            if len(recent) == 5 and sum(recent) / 5 < rl.stop_motion:
+                stopped = f"motion fell to {sum(recent) / 5:.2f} of the stage-1 model's at update {update}"
+            log.write(update - 1, **figures)
+            if world.first and (update % recipe.save_every == 0 or update == rl.updates or stopped):
+                kept = {"step": update, "lora": lora.snapshot(parameters), "average": average, "optimizer": optimizer.state_dict()}
+                checkpoint.save(run.checkpoint("reinforce"), kept | {"recent": recent, "stopped": stopped})
+            bar.advance(f"reward {figures['reward']:.3f}  motion {figures['motion_ratio']:.2f}")
+    log.close()
+    if stopped and world.first:
+        print(f"stage 2 stopped early: {stopped}")
+    run.export("ldo", average)
+    return average
+
+
+def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimizer, reference: dict[str, Tensor]) -> dict[str, float]:
+    """The optimizer steps on one rollout; returns their mean figures."""
+    rl, parameters = run.recipe.rl, run.parameters
+    trained = list(parameters.values())
+    old = lora.snapshot(parameters) if rl.objective != "grpo" else {}
+    aligner = align.make_aligner(run) if rl.align_weight or rl.flow_weight else None
+    sums: dict[str, float] = {}
+    steps = 0
+    for epoch in range(rl.epochs):
+        for number, groups in enumerate(minibatch_groups(run)):
+            parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times)
+            for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, old, reference):
+                if epoch == number == 0 and not (loss.ratio == 1).all():
+                    worst = float((loss.ratio - 1).abs().max())
+                    raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
+                (loss.total / parts).backward()
+                far = float((loss.ratio.detach() - 1).abs().mean())
+                figures = {"policy_loss": loss.policy, "kl": loss.divergence, "clipped": loss.clipped, "ratio_off": far}
+                for key, value in figures.items():
+                    sums[key] = sums.get(key, 0.0) + float(value) / (parts * rl.minibatches * rl.epochs)
+            if aligner is not None:
+                extra_losses(run, aligner, (update * rl.epochs + epoch) * rl.minibatches + number)
+            where = f"update {update}, groups {groups}"
+            if any(p.grad is not None for p in trained) or run.world.size > 1:
+                sums["grad_norm"] = sums.get("grad_norm", 0.0) + apply(optimizer, trained, run.world, rl.max_grad_norm, rl.lr, where)
+                steps += 1
+    if steps:
+        sums["grad_norm"] /= steps
+    return sums
+
+
+def extra_losses(run: Run, aligner: align.Aligner, index: int) -> None:
+    """Gradients of L_PDA and of the flow loss on clips, at stage 2's weights for them."""
+    recipe, clips = run.recipe, align.prepare(run)
+    batch = recipe.align.batch
+    rows = torch.from_numpy(data.batch_indices(run.seed, "reinforce clips", index, batch, len(clips)))
+    rng = torch_rng(run.seed, "reinforce clips", index)
+    noise = torch.randn((batch, *clips.latents.shape[1:]), generator=rng)
+    t_B = align.training_times(torch.rand(batch, generator=rng), recipe.align.time_shift or run.generator.shift)
+    mine = list(run.world.share(batch))
+    flow_loss, pda = align.losses(run, aligner, clips, rows[mine], noise[mine], t_B[mine])
+    (recipe.rl.flow_weight * flow_loss + recipe.rl.align_weight * pda).backward()

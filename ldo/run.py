@@ -1,0 +1,145 @@
+"""A run: its folder, its models and its data, loaded once and handed to every stage."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ldo import config as recipes
+from ldo import data, generator, lora
+from ldo.check import Checked
+from ldo.checkpoint import write_text
+from ldo.config import Recipe, RecipeError
+from ldo.distributed import World, barrier
+from ldo.generator import Generator
+from ldo.progress import batches
+from ldo.sandbox import dataset as sandbox
+from ldo.world_model import WorldModel
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """What the stages work on. ``parameters`` are the adapter's, by their exported names; ``fresh`` their first values."""
+
+    recipe: Recipe
+    world: World
+    generator: Generator
+    judge: WorldModel
+    parameters: dict[str, nn.Parameter]
+    fresh: dict[str, Tensor]
+    prompts: list[data.PromptLine]
+    model_path: str
+    clips: list[data.Clip] | None = None
+    prepared: Any = None  # stage 1's encoded clips, made on first use
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts(self)
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / f"{stage}.pt"
+
+    def lora_folder(self, stage: str) -> Path:
+        return self.folder / "lora" / stage
+
+    def export(self, stage: str, values: dict[str, Tensor]) -> None:
+        """Write an adapter for the stock pipeline and for ComfyUI."""
+        if self.world.first:
+            adapter = self.recipe.lora
+            lora.export(self.lora_folder(stage), values, adapter.rank, adapter.alpha, self.generator.lora_targets, self.generator.comfy_names(values))
+        barrier(self.world)
+
+    def frames_of(self, clips: list[data.Clip]) -> Tensor:
+        d = self.recipe.data
+        return torch.stack([data.load_frames(c, d.frames, d.height, d.width, d.fps) for c in clips])
+
+
+class Texts:
+    """Prompt embeddings, made once each and kept on the CPU."""
+
+    def __init__(self, run: Run):
+        self._run, self._known = run, {}
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Embeddings [B, L, E] on the run's device."""
+        new = sorted(set(prompts) - set(self._known))
+        for i in range(0, len(new), 32):
+            for text, row in zip(new[i : i + 32], self._run.generator.encode_text(new[i : i + 32]).cpu(), strict=True):
+                self._known[text] = row
+        return torch.stack([self._known[p] for p in prompts]).to(self._run.world.device)
+
+
+def start(checked: Checked, world: World) -> None:
+    """Claim the run's folder, or find in it the run to resume. RecipeError if it was begun with another recipe."""
+    recipe = checked.recipe
+    path = recipe.run / "recipe.yaml"
+    now = yaml.safe_dump(recipes.to_dict(recipe), sort_keys=False)
+    if path.exists():
+        then = path.read_text()
+        if then != now:
+            changed = [line for line in difflib.ndiff(then.splitlines(), now.splitlines()) if line[0] in "-+"]
+            was = next((line[2:].strip() for line in changed if line[0] == "-"), "something else")
+            raise RecipeError(f"{recipe.run} was begun with another recipe ({was}); give this one its own name=..., or remove that folder")
+    elif world.first:
+        write_text(path, now)
+    barrier(world)
+
+
+def load(checked: Checked, world: World) -> Run:
+    """Load the models and put a fresh adapter on the generator."""
+    recipe = checked.recipe
+    sizes = {"align.batch": recipe.align.batch, "rl.prompts / rl.minibatches": recipe.rl.prompts // recipe.rl.minibatches}
+    for key, value in sizes.items():
+        if value % world.size:
+            raise RecipeError(f"{key} is {value}; with {world.size} processes it must be a multiple of {world.size}")
+    prompts = checked.prompts
+    if prompts is None:
+        path = Path(recipe.out) / "sandbox-data" / f"prompts-{recipe.seed}.jsonl"
+        if world.first:
+            sandbox.write_prompts(path, 256, recipe.seed)
+        barrier(world)
+        prompts = data.read_prompts(path)
+    model = generator.load(recipe.model.family, checked.model, DTYPES[recipe.model.dtype], recipe.model.text_length)
+    model.pipeline.to(world.device)
+    judge = WorldModel.load(checked.world_model, DTYPES[recipe.world_model.dtype]).to(world.device)
+    if recipe.model.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    parameters = lora.add(model.transformer, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
+    count = sum(p.numel() for p in parameters.values())
+    log.info("generator: %s, LoRA rank %d on %d layers, %.2f M weights", checked.model, recipe.lora.rank, len(parameters) // 2, count / 1e6)
+    return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips)
+
+
+def sandbox_clips(run: Run) -> list[data.Clip]:
+    """The sandbox's clips, written on first use and read back like any user's folder."""
+    d = run.recipe.data
+    folder = Path(run.recipe.out) / "sandbox-data" / f"clips-{d.clips}-{d.height}-{run.seed}"
+    if run.world.first:
+        log.info("clips: writing %d sandbox clips to %s", d.clips, folder)
+        sandbox.write_clips(folder, d.clips, run.seed, size=d.height, fps=d.fps)
+    barrier(run.world)
+    return data.read_folder(folder, d.frames, d.fps)
+
+
+def in_batches(run: Run, name: str, count: int, size: int = 32):
+    """Slices of a long preparation, with a bar on the first rank."""
+    return batches(name, count, size, active=run.world.first)

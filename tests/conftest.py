@@ -1,0 +1,59 @@
+"""Fixtures shared by all tests: tiny random models in the real formats, loaded once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/models.py
+
+import models
+
+from ldo import generator
+from ldo.world_model import WorldModel
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    return models.write_wan(tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="session")
+def vjepa_folder(tmp_path_factory):
+    return models.write_vjepa(tmp_path_factory.mktemp("models") / "vjepa")
+
+
+@pytest.fixture
+def wan(wan_folder):
+    """A fresh generator: tests put adapters on it."""
+    return generator.load("wan", wan_folder, text_length=16)
+
+
+@pytest.fixture(scope="session")
+def judge(vjepa_folder):
+    return WorldModel.load(vjepa_folder)
+
+
+@pytest.fixture
+def frames():
+    """Two moving clips [2, 17, 3, 32, 32]."""
+    import numpy as np
+
+    from ldo.rng import numpy_rng
+    from ldo.sandbox import simulate
+
+    scenes = [simulate.sample_scene(numpy_rng(1, "frames", i), kind=k) for i, k in enumerate(("uniform", "bounce"))]
+    return torch.from_numpy(np.stack([simulate.render(simulate.track(s)) for s in scenes]))

@@ -1,0 +1,149 @@
+"""Group advantages against NumPy group by group, and what must hold for any rewards and any ids."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from ldo.ops import group_advantage
+
+IDS = [70, -3, 5, 70, 5, 70, 8, -3, 70]  # unordered; groups of 2, 2, 1 and 4
+
+
+def rewards(r=1, seed=0, dtype=np.float64):
+    return np.random.default_rng(seed).normal(2.0, 3.0, (len(IDS), r)).astype(dtype)
+
+
+def by_group(values, ids, weights=None, scale="group", clip=5.0, eps=1e-4):
+    out = np.zeros(len(ids))
+    for g in set(ids):
+        members = [k for k, i in enumerate(ids) if i == g]
+        for j in range(values.shape[1]):
+            r = values[members, j].astype(np.float64)
+            if len(r) == 1 or np.all(r == r[0]):
+                continue
+            spread = {"group": r.std() + eps, "global": values[:, j].astype(np.float64).std() + eps, "none": 1.0}[scale]
+            out[members] += (1.0 if weights is None else weights[j]) * (r - r.mean()) / spread
+    return np.clip(out, -clip, clip)
+
+
+def advantage(values, ids=IDS, weights=None, **options):
+    w = None if weights is None else torch.tensor(weights)
+    a, stats = group_advantage(torch.as_tensor(values), torch.as_tensor(ids), w, **options)
+    return a.numpy(), stats
+
+
+@pytest.mark.parametrize("scale", ["group", "global", "none"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, -2.0]])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_value_is_the_formula(scale, weights, dtype, tolerance):
+    values = rewards(3, dtype=dtype)
+    a, _ = advantage(values, weights=weights, scale=scale)
+    assert a.dtype == dtype
+    np.testing.assert_allclose(a, by_group(values, IDS, weights, scale), rtol=tolerance, atol=tolerance)
+
+
+def test_one_reward_may_be_flat():
+    values = rewards()
+    np.testing.assert_array_equal(advantage(values[:, 0])[0], advantage(values)[0])
+
+
+def test_stats_are_in_ascending_id():
+    values = rewards(2)
+    _, stats = advantage(values)
+    for row, g in enumerate(sorted(set(IDS))):
+        members = values[[i == g for i in IDS]]
+        np.testing.assert_allclose(stats.mean[row], members.mean(0))
+        np.testing.assert_allclose(stats.std[row], members.std(0), atol=1e-12)
+    assert stats.zero_variance.tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
+
+
+@pytest.mark.parametrize("scale", ["group", "global", "none"])
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 1000])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -100.1])
+def test_equal_rewards_teach_nothing(scale, count, value):
+    values = torch.cat([torch.full((count,), value), torch.tensor([1.0, 2.0])])
+    a, stats = group_advantage(values, torch.tensor([0] * count + [1, 1]), scale=scale)
+    assert not a[:count].any() and a[count] < 0 < a[-1]
+    assert stats.zero_variance.flatten().tolist() == [True, False]
+
+
+def test_rewards_are_normalised_before_they_are_weighted():
+    values = rewards(2)
+    a, _ = advantage(values * [1.0, 1000.0], weights=[0.5, 0.5], eps=0.0)
+    np.testing.assert_allclose(a, advantage(values, weights=[0.5, 0.5], eps=0.0)[0], rtol=1e-9)
+
+
+def test_zero_variance_is_told_for_each_reward():
+    values = rewards(2)
+    values[:, 1] = 4.0
+    a, stats = advantage(values)
+    assert stats.zero_variance[:, 1].all() and stats.zero_variance[:, 0].sum() == 1
+    np.testing.assert_allclose(a, advantage(values[:, :1])[0])
+
+
+def test_clip_bounds_the_sum():
+    values = np.zeros((20, 2))
+    values[7] = 1.0
+    a, _ = advantage(values, ids=[0] * 20, clip=3.0)
+    assert a.max() == 3.0 and a[7] == 3.0
+    assert advantage(values, ids=[0] * 20, clip=100.0)[0][7] == pytest.approx(2 * 0.95 / (np.sqrt(0.0475) + 1e-4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_reward_that_is_not_finite_names_its_sample(bad):
+    values = rewards(2)
+    values[4, 1] = bad
+    with pytest.raises(ValueError, match=f"reward 1 of sample 4 is {bad}"):
+        advantage(values)
+
+
+@pytest.mark.parametrize(
+    "values, ids, options, message",
+    [
+        (np.ones((4, 2, 1)), [0] * 4, {}, r"\[N, R\] and groups \[N\] expected, got \(4, 2, 1\)"),
+        (np.ones(4), [0] * 3, {}, r"got \(4,\) and \(3,\)"),
+        (np.ones((0, 1)), np.zeros(0, int), {}, "expected"),
+        (np.ones(4), [0] * 4, {"scale": "batch"}, "unknown scale 'batch'; one of group, global, none"),
+        (np.ones((4, 2)), [0] * 4, {"weights": [1.0]}, r"2 weights expected, got \(1,\)"),
+        (np.ones(4), [0] * 4, {"impl": "triton"}, "impl='triton' is not available"),
+    ],
+)
+def test_bad_input_is_named(values, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        advantage(values, ids, **options)
+
+
+@st.composite
+def batches(draw):
+    n = draw(st.integers(1, 12))
+    values = draw(arrays.arrays(np.float64, (n, 2), elements=st.integers(-20, 20).map(float)))
+    return values, np.array(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches(), st.randoms(use_true_random=False))
+def test_order_of_samples_does_not_matter(batch, random):
+    values, ids = batch
+    order = random.sample(range(len(ids)), len(ids))
+    np.testing.assert_allclose(advantage(values[order], ids[order])[0], advantage(values, ids)[0][order], atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches(), st.integers(-50, 50), st.sampled_from(["group", "none"]))
+def test_constant_added_to_one_group_changes_nothing(batch, constant, scale):
+    values, ids = batch
+    moved = values + constant * (ids == ids[0])[:, None]
+    np.testing.assert_allclose(advantage(moved, ids, scale=scale)[0], advantage(values, ids, scale=scale)[0], atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches(), st.permutations([-(2**40), -1, 17, 2**40]))
+def test_names_of_groups_do_not_matter(batch, names):
+    values, ids = batch
+    a, stats = advantage(values, np.array(names)[ids])
+    b, old = advantage(values, ids)
+    np.testing.assert_allclose(a, b, atol=1e-12)
+    assert len(stats.mean) == len(set(ids)) and int(stats.zero_variance.sum()) == int(old.zero_variance.sum())

@@ -1,0 +1,236 @@
+"""The relation loss: the formula by double loop, the two forms against each other, and what must hold whatever the input."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldo.ops import relation, relation_loss
+
+SHAPES = [(1, 1), (3, 2), (2, 97), (1, 130), (1, 513), (2, 700)]  # B, N
+
+
+def inputs(b, n, *, d=10, e=7, frames=3, dtype=torch.float64, seed=0):
+    """Student, teacher and the keywords of every option, weights with zeros among them."""
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(b, n, d, generator=g, dtype=torch.float64).to(dtype)
+    teacher = torch.randn(b, n, e, generator=g, dtype=torch.float64).to(dtype)
+    frame = torch.randint(frames, (n,), generator=g) * 5 - 4
+    weight = (torch.rand(b, n, generator=g, dtype=torch.float64) * 1.4 - 0.4).clamp_min(0)
+    return student, teacher, {"frame_N": frame, "weight_BN": weight}
+
+
+def loss_and_gradient(student, teacher, **options):
+    x = student.detach().clone().requires_grad_()
+    loss = relation_loss(x, teacher, **options)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def by_double_loop(student, teacher, frame, weight, margin, penalty, spatial, temporal):
+    def cosine(a, b):
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    def phi(d):
+        a = max(abs(d) - margin, 0.0)
+        if penalty == "huber":
+            return a * a / 0.2 if a < 0.1 else a - 0.05
+        return a if penalty == "hinge" else a * a
+
+    per_clip = []
+    for b, (x, y) in enumerate(zip(student.numpy(), teacher.numpy(), strict=True)):
+        top, bottom = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        for i in range(len(x)):
+            for j in range(len(x)):
+                same = frame is None or bool(frame[i] == frame[j])
+                w_i, w_j = (1.0, 1.0) if weight is None else (float(weight[b, i]), float(weight[b, j]))
+                w = w_i + w_j - w_i * w_j
+                top[same] += w * phi(cosine(x[i], x[j]) - cosine(y[i], y[j]))
+                bottom[same] += w
+        share = {True: 1.0 if frame is None else spatial, False: temporal}
+        per_clip.append(sum(share[c] * top[c] / bottom[c] for c in (True, False) if bottom[c]))
+    return sum(per_clip) / len(per_clip)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("penalty", relation.PENALTIES)
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_value_is_the_formula(impl, penalty, framed, weighted):
+    student, teacher, options = inputs(2, 9)
+    frame = options["frame_N"] if framed else None
+    weight = options["weight_BN"] if weighted else None
+    expected = by_double_loop(student, teacher, frame, weight, 0.15, penalty, 0.8, 0.3)
+    loss = relation_loss(student, teacher, frame_N=frame, weight_BN=weight, margin=0.15, penalty=penalty, spatial=0.8, temporal=0.3, impl=impl)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("spatial, temporal", [(1.0, 0.0), (0.0, 1.0)])
+def test_shares_choose_the_class_of_pairs(spatial, temporal):
+    student, teacher, options = inputs(1, 8)
+    frame = options["frame_N"]
+    expected = by_double_loop(student, teacher, frame, None, 0.1, "hinge", spatial, temporal)
+    assert relation_loss(student, teacher, frame_N=frame, spatial=spatial, temporal=temporal).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("penalty", relation.PENALTIES)
+@pytest.mark.parametrize("b, n", SHAPES)
+def test_chunked_equals_reference(b, n, penalty, dtype, tolerance):
+    student, teacher, options = inputs(b, n, dtype=dtype)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), penalty=penalty, impl="reference", **options)
+    loss, gradient = loss_and_gradient(student, teacher, penalty=penalty, impl="chunked", **options)
+    assert loss.dtype == dtype and gradient.dtype == dtype
+    assert loss.item() == pytest.approx(truth.item(), rel=tolerance)
+    torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=tolerance * max(float(slope.abs().max()), 1e-9))
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("penalty", relation.PENALTIES)
+def test_gradcheck(impl, penalty):
+    student, teacher, options = inputs(2, 6, d=4, e=3, seed=3)
+    unit_x, unit_y = (torch.nn.functional.normalize(t, dim=-1) for t in (student, teacher))
+    d = (unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs()
+    assert (d - 0.1).abs().min() > 1e-4, "a pair sits on the kink: choose another seed"
+    assert torch.autograd.gradcheck(lambda x: relation_loss(x, teacher, penalty=penalty, impl=impl, **options), student.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_dense_arithmetic_in_it(dtype):
+    student, teacher, options = inputs(2, 600, d=48, e=32, dtype=dtype)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), impl="reference", **options)
+    x = student.clone().requires_grad_()
+    unit_x, unit_y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, teacher))
+    a = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() - 0.1).clamp_min(0)
+    w, same = options["weight_BN"].float(), options["frame_N"][:, None] == options["frame_N"]
+    pairs = w[:, :, None] + w[:, None] - w[:, :, None] * w[:, None]
+    naive = sum(0.5 * ((pairs * c * a).sum((1, 2)) / (pairs * c).sum((1, 2))).mean() for c in (same, ~same))
+    naive.backward()
+    loss, gradient = loss_and_gradient(student, teacher, impl="chunked", **options)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert abs(loss.item() - truth.item()) <= abs(naive.item() - truth.item()) + 1e-7
+    assert distance(gradient, slope) <= distance(x.grad, slope)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_loss_scaling_rescues_fp16_gradients(impl):
+    student, teacher, _ = inputs(1, 1500, d=128, e=32, dtype=torch.float16)
+    _, slope = loss_and_gradient(student.double(), teacher.double(), impl="reference")
+    x = student.clone().requires_grad_()
+    (relation_loss(x, teacher, impl=impl) * 2**16).backward()
+    assert distance(x.grad.double() / 2**16, slope) < 2e-3
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_gradient_is_orthogonal_to_its_token(impl):
+    student, teacher, options = inputs(2, 130, d=16)
+    _, gradient = loss_and_gradient(student, teacher, impl=impl, **options)
+    along = (gradient * student).sum(-1).abs()
+    assert (along <= 1e-12 * gradient.norm(dim=-1) * student.norm(dim=-1) + 1e-18).all() and gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_order_of_tokens_does_not_matter(impl):
+    student, teacher, options = inputs(2, 97)
+    order = torch.randperm(97, generator=torch.Generator().manual_seed(1))
+    loss, gradient = loss_and_gradient(student, teacher, impl=impl, **options)
+    shuffled = {"frame_N": options["frame_N"][order], "weight_BN": options["weight_BN"][:, order]}
+    again, moved = loss_and_gradient(student[:, order], teacher[:, order], impl=impl, **shuffled)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(moved, gradient[:, order], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_vectors_have_similarity_and_gradient_zero(impl, dtype):
+    student, teacher, options = inputs(1, 20, dtype=dtype)
+    student[0, [0, 7]], teacher[0, [3, 7]] = 0, 0
+    loss, gradient = loss_and_gradient(student, teacher, impl=impl, **options)
+    assert torch.isfinite(gradient).all() and (gradient[0, [0, 7]] == 0).all() and gradient[0, 3].abs().sum() > 0
+    one = relation_loss(torch.zeros(1, 1, 4), torch.ones(1, 1, 4), impl=impl)
+    assert one.item() == pytest.approx(0.9) and torch.isfinite(loss)  # d = 0 - 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_class_without_weight_contributes_nothing(impl):
+    student, teacher, _ = inputs(1, 12)
+    one_frame = torch.zeros(12, dtype=torch.long)
+    whole = relation_loss(student, teacher, impl=impl)
+    assert relation_loss(student, teacher, frame_N=one_frame, spatial=0.5, temporal=7.0, impl=impl).item() == pytest.approx(0.5 * whole.item())
+    loss, gradient = loss_and_gradient(student, teacher, frame_N=torch.arange(12) // 4, weight_BN=torch.zeros(1, 12), impl=impl)
+    assert loss == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_strided_inputs(impl):
+    student, teacher, options = inputs(2, 33)
+    truth, slope = loss_and_gradient(student, teacher, impl=impl, **options)
+    x = student.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    y = teacher.repeat_interleave(2, -1)[..., ::2]
+    strided = {"frame_N": options["frame_N"].repeat_interleave(2)[::2], "weight_BN": options["weight_BN"].T.contiguous().T}
+    loss = relation_loss(x, y, impl=impl, **strided)
+    loss.backward()
+    assert not x.is_contiguous() and not y.is_contiguous() and loss.item() == pytest.approx(truth.item(), rel=1e-12)
+    torch.testing.assert_close(x.grad, slope)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_upstream_gradient_and_detached_teacher(impl):
+    student, teacher, options = inputs(2, 15)
+    _, slope = loss_and_gradient(student, teacher, impl=impl, **options)
+    x, y = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    (-3.5 * relation_loss(x, y, impl=impl, **options)).backward()
+    torch.testing.assert_close(x.grad, -3.5 * slope)
+    assert y.grad is None
+
+
+def test_repeats_to_the_bit():
+    student, teacher, options = inputs(2, 700, d=32, dtype=torch.float32)
+    first, second = (loss_and_gradient(student, teacher, impl="chunked", **options) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_chunked_never_holds_all_pairs(monkeypatch):
+    monkeypatch.setattr(relation, "PANEL", 32)
+    student, teacher, options = inputs(1, 400)
+    largest = {}
+    for impl in ("reference", "chunked"):
+        with Largest() as seen:
+            loss_and_gradient(student, teacher, impl=impl, **options)
+        largest[impl] = seen.numel
+    assert largest["reference"] >= 400 * 400 and largest["chunked"] <= 32 * 400
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"student_BND": torch.ones(5, 4)}, r"student \[B, N, D\].*\(5, 4\)"),
+        ({"teacher_BNE": torch.ones(2, 4, 4)}, r"\(2, 5, 4\) and \(2, 4, 4\)"),
+        ({"student_BND": torch.ones(2, 0, 4), "teacher_BNE": torch.ones(2, 0, 4)}, "holds no tokens"),
+        ({"frame_N": torch.zeros(4, dtype=torch.long)}, "frame_N must be 5 integers"),
+        ({"frame_N": torch.zeros(5)}, "frame_N must be 5 integers, got torch.float32"),
+        ({"weight_BN": torch.ones(5)}, r"weight_BN must be \(2, 5\), got \(5,\)"),
+        ({"penalty": "l2"}, "unknown penalty 'l2'; one of hinge, squared, huber"),
+        ({"impl": "cuda"}, "impl='cuda' is not available; choose auto or"),
+        ({"teacher_BNE": torch.ones(2, 5, 4, device="meta")}, "on one device"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        relation_loss(**{"student_BND": torch.ones(2, 5, 4), "teacher_BNE": torch.ones(2, 5, 4), **change})

@@ -1,0 +1,205 @@
+"""Clips and prompts: lossless files, captions, every unusable file named, frames cut to size, and the order of batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ldo.config import RecipeError
+from ldo.data import Clip, batch_indices, load_frames, read_folder, read_prompts, read_video, write_video
+
+
+def images(frames=6, height=32, width=48, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def folder_of(path, *names, frames=6, fps=8):
+    for name in names:
+        write_video(path / name, images(frames), fps)
+    return path
+
+
+def metadata(path, *rows):
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("fps", [8, 24, 29.97])
+@pytest.mark.parametrize("height, width", [(32, 48), (16, 16)])
+def test_video_round_trip_is_exact(tmp_path, fps, height, width):
+    written = images(height=height, width=width)
+    write_video(tmp_path / "new" / "a.mp4", written, fps)
+    read, rate = read_video(tmp_path / "new" / "a.mp4")
+    np.testing.assert_array_equal(read, written)
+    assert rate == pytest.approx(fps, rel=1e-3)
+
+
+def test_limit_reads_the_first_frames(tmp_path):
+    write_video(tmp_path / "a.mp4", images(), 8)
+    np.testing.assert_array_equal(read_video(tmp_path / "a.mp4", 4)[0], images()[:4])
+
+
+def test_folder_with_metadata(tmp_path):
+    folder_of(tmp_path, "a.mp4", "sub/b.mp4", "unlisted.mp4")
+    metadata(tmp_path, {"file_name": "sub/b.mp4", "text": "zwei Bälle", "kind": "bounce"}, {"file_name": "a.mp4", "text": "one"})
+    first, second = read_folder(tmp_path, 6, 8)
+    assert first == Clip(tmp_path / "sub/b.mp4", "zwei Bälle", 6, 8.0, {"kind": "bounce"})
+    assert second == Clip(tmp_path / "a.mp4", "one", 6, 8.0, {})
+
+
+def test_folder_with_captions_beside_clips(tmp_path):
+    folder_of(tmp_path, "b.mp4", "a.mkv", "alone.mp4")
+    (tmp_path / "b.txt").write_text("  a ball\n")
+    (tmp_path / "a.txt").write_text("a cat")
+    assert [(c.path.name, c.text) for c in read_folder(tmp_path, 6, 8)] == [("a.mkv", "a cat"), ("b.mp4", "a ball")]
+
+
+def test_line_separators_inside_json_text_do_not_end_a_line(tmp_path):
+    folder_of(tmp_path, "a.mp4")
+    metadata(tmp_path, {"file_name": "a.mp4", "text": "one\u2028two\x85three"})
+    assert read_folder(tmp_path, 6, 8)[0].text == "one\u2028two\x85three"
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scrambled(path):
+    path.write_bytes(np.random.default_rng(0).bytes(4000))
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def shortened(path):
+    write_video(path, images(5), 8)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (truncated, "it cannot be decoded"),
+        (scrambled, "it cannot be decoded"),
+        (emptied, "it is empty"),
+        (shortened, "it gives 5 frames at 8 fps and data.frames is 6"),
+    ],
+)
+def test_unusable_clip_is_named_with_its_reason(tmp_path, spoil, reason):
+    folder_of(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    metadata(tmp_path, *({"file_name": name, "text": "x"} for name in ("a.mp4", "b.mp4", "c.mp4")))
+    spoil(tmp_path / "b.mp4")
+    with pytest.raises(RecipeError, match=rf"b\.mp4: {reason}.*; mend or remove it$"):
+        read_folder(tmp_path, 6, 8)
+    spoil(tmp_path / "c.mp4")
+    with pytest.raises(RecipeError, match=r"b\.mp4.*\(and 1 more\)"):
+        read_folder(tmp_path, 6, 8)
+
+
+@pytest.mark.parametrize("fps, count", [(8, 9), (4, 5), (16, 17), (0, 9)])
+def test_length_is_counted_at_the_wanted_rate(tmp_path, fps, count):
+    folder_of(tmp_path, "a.mp4", frames=9)
+    metadata(tmp_path, {"file_name": "a.mp4", "text": "x"})
+    assert read_folder(tmp_path, count, fps)[0].frames == count
+    with pytest.raises(RecipeError, match=f"it gives {count} frames"):
+        read_folder(tmp_path, count + 1, fps)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"file_name": "gone.mp4", "text": "x"}], r"names 1 clip\(s\) that do not exist, first gone\.mp4; add the file or drop its line"),
+        ([{"file_name": "a.mp4"}], 'line 1: "file_name" and "text" are needed'),
+        ([{"file_name": "a.mp4", "text": None}], "line 1"),
+        ([{"file_name": "a.mp4", "text": "x"}, ["a.mp4"]], "line 2 is not a JSON object"),
+        ([], "holds no captioned videos"),
+    ],
+)
+def test_mistake_in_metadata_is_told(tmp_path, rows, message):
+    metadata(folder_of(tmp_path, "a.mp4"), *rows)
+    with pytest.raises(RecipeError, match=message):
+        read_folder(tmp_path, 6, 8)
+
+
+def test_mistake_in_a_folder_is_told(tmp_path):
+    with pytest.raises(RecipeError, match=r"folder .*none does not exist"):
+        read_folder(tmp_path / "none", 6, 8)
+    folder_of(tmp_path, "a.mp4")
+    with pytest.raises(RecipeError, match=r"holds no captioned videos; put metadata\.jsonl in it"):
+        read_folder(tmp_path, 6, 8)
+    (tmp_path / "lost.txt").write_text("x")
+    with pytest.raises(RecipeError, match=r"lost\.txt is a caption without a clip; add lost\.mp4"):
+        read_folder(tmp_path, 6, 8)
+
+
+def test_prompts_from_text_and_json_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("a ball\n\n  a cat \n")
+    (tmp_path / "p.jsonl").write_text('{"text": "a ball", "kind": "bounce"}\n\n{"text": "a cat"}\n')
+    assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["a ball", "a cat"]
+    assert [(p.text, p.extra) for p in read_prompts(tmp_path / "p.jsonl")] == [("a ball", {"kind": "bounce"}), ("a cat", {})]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("p.txt", None, r"evaluate\.prompts: file .*p\.txt does not exist; give a file with one prompt a line"),
+        ("p.txt", "\n \n", r"evaluate\.prompts: .*p\.txt holds no prompts"),
+        ("p.jsonl", "", "holds no prompts"),
+        ("p.jsonl", '\n{"prompt": "x"}\n', 'line 2: "text" is needed'),
+        ("p.jsonl", '{"text": 3}\n', 'line 1: "text" is needed'),
+        ("p.jsonl", "a ball\n", "line 1 is not a JSON object"),
+    ],
+)
+def test_mistake_in_prompts_is_told(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_prompts(tmp_path / name, "evaluate.prompts")
+
+
+def test_frames_of_the_right_size_are_untouched(tmp_path):
+    folder_of(tmp_path, "a.mp4")
+    x = load_frames(Clip(tmp_path / "a.mp4", ""), 4, 32, 48, 8)
+    assert x.dtype == torch.float32
+    np.testing.assert_array_equal((x * 255).round().byte().permute(0, 2, 3, 1).numpy(), images()[:4])
+
+
+@pytest.mark.parametrize("height, width", [(16, 24), (24, 24), (20, 60), (64, 40), (17, 33)])
+def test_frames_are_scaled_and_centre_cropped(tmp_path, height, width):
+    ramp = np.zeros((2, 32, 48, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 240, 48).astype(np.uint8)
+    ramp[..., 1] = np.linspace(0, 240, 32).astype(np.uint8)[:, None]
+    write_video(tmp_path / "a.mp4", ramp, 8)
+    x = load_frames(Clip(tmp_path / "a.mp4", ""), 2, height, width, 8)
+    assert x.shape == (2, 3, height, width) and x.min() >= 0 and x.max() <= 1
+    scale = max(height / 32, width / 48)
+    rows, columns = (np.arange(height) + 0.5 - height / 2) / scale + 16, (np.arange(width) + 0.5 - width / 2) / scale + 24  # where each pixel looks
+    inner = np.s_[height // 5 : -(height // 5), width // 5 : -(width // 5)]
+    red, green = (columns[None, :] - 0.5) / 47 * 240 / 255, (rows[:, None] - 0.5) / 31 * 240 / 255
+    np.testing.assert_allclose(x[0, 0].numpy()[inner], np.broadcast_to(red, (height, width))[inner], atol=0.04)
+    np.testing.assert_allclose(x[0, 1].numpy()[inner], np.broadcast_to(green, (height, width))[inner], atol=0.04)
+
+
+@pytest.mark.parametrize("fps, order", [(8, [0, 1, 2, 3]), (4, [0, 2, 4, 6]), (16, [0, 0, 1, 2]), (8.05, [0, 1, 2, 3]), (0, [0, 1, 2, 3])])
+def test_frames_are_resampled_to_the_nearest_in_time(tmp_path, fps, order):
+    folder_of(tmp_path, "a.mp4", frames=8)
+    x = load_frames(Clip(tmp_path / "a.mp4", ""), 4, 32, 48, fps)
+    np.testing.assert_array_equal((x * 255).round().byte().permute(0, 2, 3, 1).numpy(), images(8)[order])
+
+
+@pytest.mark.parametrize("batch, count", [(1, 5), (4, 10), (3, 7), (5, 5), (12, 5), (23, 4), (2, 1)])
+def test_every_epoch_visits_each_item_once(batch, count):
+    drawn = np.concatenate([batch_indices(3, "align", step, batch, count) for step in range(4 * count)])
+    epochs = drawn[: len(drawn) // count * count].reshape(-1, count)
+    assert len(epochs) >= 4 and (np.sort(epochs, 1) == np.arange(count)).all()
+    assert count < 4 or len({tuple(e) for e in epochs}) > 1
+
+
+def test_batches_depend_on_seed_purpose_and_step_alone():
+    def draw(seed=3, purpose="align"):
+        return np.concatenate([batch_indices(seed, purpose, step, 4, 50) for step in (2, 9, 30)])
+
+    first = draw()
+    np.random.default_rng(0).random()
+    np.testing.assert_array_equal(draw(), first)
+    assert (draw(seed=4) != first).any() and (draw(purpose="rl") != first).any()
