@@ -1,0 +1,83 @@
+"""The thresholds of the exact metrics: made from the VAE alone, frozen before any other training.
+
+They are the 99th percentile of each metric over valid clips that went through the VAE: what is worse than that is not
+the VAE's doing. Their quality is checked on other clips: false alarms on valid ones, detection of every corruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from rich.progress import track as progress
+
+from ldo.rng import numpy_rng
+from ldo.sandbox import corrupt, simulate
+from ldo.sandbox.measure import METRICS, Measured, measure
+from ldo.sandbox.observe import Prompt
+
+CLIPS = 4000
+CHECKED = 1000
+BROKEN = 200
+
+
+def through(vae: AutoencoderKLWan, clips: list[np.ndarray]) -> list[np.ndarray]:
+    """Clips as the VAE gives them back."""
+    out = []
+    with torch.no_grad():
+        for i in range(0, len(clips), 25):
+            x = torch.from_numpy(np.stack(clips[i : i + 25])).transpose(1, 2) * 2 - 1
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+            out += list(((y + 1) / 2).clamp(0, 1).transpose(1, 2).numpy())
+    return out
+
+
+def _measured(vae: AutoencoderKLWan, tracks: list[simulate.Track], limits: dict, note: str) -> list[Measured]:
+    out = []
+    for i in progress(range(0, len(tracks), 100), note):
+        part = tracks[i : i + 100]
+        frames = through(vae, [simulate.render(t) for t in part])
+        out += [measure(f, Prompt.of(t.scene), limits) for f, t in zip(frames, part, strict=True)]
+    return out
+
+
+def valid(seed: int, purpose: str, count: int) -> list[simulate.Track]:
+    """Valid clips of the training distribution."""
+    return [simulate.track(simulate.sample_scene(numpy_rng(seed, purpose, i))) for i in range(count)]
+
+
+def broken(seed: int, kind: str, count: int) -> list[simulate.Track]:
+    """Clips broken in one way."""
+    out, index = [], 0
+    while len(out) < count:
+        rng = numpy_rng(seed, f"broken {kind}", index)
+        index += 1
+        clip = corrupt.corrupt(simulate.sample_scene(rng), rng, kind)
+        out += [clip] if clip is not None else []
+    return out
+
+
+def fingerprint(vae: AutoencoderKLWan) -> str:
+    """SHA-256 over the VAE's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def thresholds(vae: AutoencoderKLWan) -> dict:
+    """The content of thresholds.json, with its own check on other clips."""
+    found = _measured(vae, valid(0, "thresholds", CLIPS), {}, "thresholds")
+    bound = {k: float(np.quantile([getattr(m, k) for m in found], 0.99)) for k in METRICS}
+    scenes = valid(0, "thresholds", CLIPS)
+    least = {
+        kind: float(np.quantile([t.path_length for t in scenes if t.scene.kind == kind], 0.01)) for kind in simulate.KINDS
+    }
+    limits = {"thresholds": bound, "least_path": least}
+    alarms = np.mean([bool(m.violations) for m in _measured(vae, valid(1, "thresholds", CHECKED), limits, "false alarms")])
+    detected = {
+        k: float(np.mean([bool(m.violations) for m in _measured(vae, broken(1, k, BROKEN), limits, k)])) for k in corrupt.KINDS
+    }
+    return {**limits, "clips": CLIPS, "vae": fingerprint(vae), "false_alarms": float(alarms), "detected": detected}
