@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from ldo import data
@@ -37,6 +38,7 @@ def check(recipe: Recipe) -> Checked:
     """Validate a recipe's values, its model folders and its data. RecipeError on the first thing wrong."""
     _values(recipe)
     model, geometry = _generator(recipe)
+    _windows(recipe)
     world_model = _world_model(recipe)
     clips = None
     if recipe.data.source == "videos" and recipe.data.videos != "sandbox" and {"sft", "align"} & set(recipe.stages):
@@ -60,27 +62,17 @@ def _values(r: Recipe) -> None:
     _require(not unknown, f"stages: {', '.join(unknown)} unknown; choose among {', '.join(STAGES)}")
     _require(list(r.stages) == [s for s in STAGES if s in r.stages], f"stages: the order is {', '.join(STAGES)}, each at most once")
     _require(r.model.family in FAMILIES, f"model.family is {r.model.family!r}; choose one of {', '.join(FAMILIES)}")
-    positive = {
-        "data.frames": r.data.frames, "data.fps": r.data.fps, "data.clips": r.data.clips, "lora.rank": r.lora.rank, "lora.alpha": r.lora.alpha,
-        "align.steps": r.align.steps, "align.batch": r.align.batch, "align.lr": r.align.lr, "rl.updates": r.rl.updates,
-        "rl.prompts": r.rl.prompts, "rl.epochs": r.rl.epochs, "rl.minibatches": r.rl.minibatches, "rl.lr": r.rl.lr, "rl.clip": r.rl.clip,
-        "rl.guard_clip": r.rl.guard_clip, "rl.window_range": r.rl.window_range, "rl.train_times": r.rl.train_times, "rl.ema_every": r.rl.ema_every,
-        "evaluate.count": r.evaluate.count, "evaluate.seeds": r.evaluate.seeds, "evaluate.batch": r.evaluate.batch,
-        "evaluate.steps": r.evaluate.steps, "save_every": r.save_every, "model.text_length": r.model.text_length,
-        "gate.pairs": r.gate.pairs, "critic.kappa": r.critic.kappa, "teacher.stride": r.teacher.stride, "critic.stride": r.critic.stride,
-    }  # fmt: skip
-    for key, value in positive.items():
-        _require(value > 0, f"{key} is {value}; it must be above 0")
+    positive = (
+        "data.frames data.fps data.clips data.prompt_count lora.rank lora.alpha align.steps align.batch align.lr rl.updates rl.prompts rl.epochs "
+        "rl.minibatches rl.lr rl.clip rl.guard_clip rl.window_range rl.train_times rl.ema_every evaluate.count evaluate.seeds evaluate.batch "
+        "evaluate.steps gate.pairs gate.prompts gate.samples critic.kappa critic.stride teacher.stride"
+    )
+    for name in positive.split():
+        value = attrgetter(name)(r)
+        _require(value > 0, f"{name} is {value}; it must be above 0")
+    _require(r.save_every > 0 and r.model.text_length > 0, "save_every and model.text_length must be above 0")
     for key, value in {"teacher.block": r.teacher.block, "rl.ema": r.rl.ema, "critic.top": r.critic.top}.items():
         _require(0 <= value < 1 or (key == "critic.top" and value == 1), f"{key} is {value}; it must be in [0, 1)")
-    _windows("teacher", r.teacher.window, r.teacher.context, r.data.frames)
-    _require(
-        r.teacher.mode == "encode" or r.teacher.stride <= r.teacher.window - r.teacher.context,
-        f"teacher.stride is {r.teacher.stride}; above window - context = {r.teacher.window - r.teacher.context} some frames are never forecast",
-    )
-    _require(len(r.critic.contexts) > 0, "critic.contexts is empty; give at least one, e.g. [4, 8]")
-    for context in r.critic.contexts:
-        _windows("critic", r.critic.window, context, r.data.frames)
     rl = r.rl
     _require(rl.group_size >= 2, f"rl.group_size is {rl.group_size}; a group needs at least 2 samples to compare, 8 or more to learn well")
     _require(rl.prompts % rl.minibatches == 0, f"rl.minibatches is {rl.minibatches}; it must divide rl.prompts ({rl.prompts})")
@@ -90,6 +82,10 @@ def _values(r: Recipe) -> None:
         f"rl.window: steps {rl.window_start}..{last - 1} can be stochastic, but of {rl.steps} the last must be the ODE's; make the window smaller",
     )
     _require(rl.sampler != "cps" or 0 < rl.eta < 1, f"rl.eta is {rl.eta}; cps takes a value in (0, 1)")
+    _require(
+        rl.objective == "grpo" or rl.guidance == 1.0,
+        f"rl.guidance is {rl.guidance}; {rl.objective} trains the unguided velocity on the samples: set it to 1",
+    )
     _require(rl.eta > 0, f"rl.eta is {rl.eta}; without noise a group has nothing to compare")
     total = r.evaluate.count * r.evaluate.seeds
     _require(
@@ -98,12 +94,18 @@ def _values(r: Recipe) -> None:
     )
 
 
-def _windows(section: str, window: int, context: int, frames: int) -> None:
-    key = "context" if section == "teacher" else "contexts"
-    _require(0 < context < window, f"{section}.{key}: a context of {context} frames is not shorter than the window of {window}; make it smaller")
+def _windows(r: Recipe) -> None:
+    """Windows fit into clips, contexts into windows."""
+    teacher, critic, left = r.teacher, r.critic, r.data.frames - 1
+    _require(len(critic.contexts) > 0, "critic.contexts is empty; give at least one, e.g. [4, 8]")
+    for key, window, contexts in (("teacher.context", teacher.window, (teacher.context,)), ("critic.contexts", critic.window, critic.contexts)):
+        for context in contexts:
+            _require(0 < context < window, f"{key}: a context of {context} frames is not shorter than the window of {window}; make it smaller")
+        section = key.split(".")[0]
+        _require(window <= left, f"{section}.window is {window}; data.frames = {left + 1} leaves {left} after the first: use at most {left}")
     _require(
-        window <= frames - 1,
-        f"{section}.window is {window}; clips of data.frames = {frames} leave {frames - 1} after the first: use at most {frames - 1}",
+        teacher.mode == "encode" or teacher.stride <= teacher.window - teacher.context,
+        f"teacher.stride is {teacher.stride}; above window - context = {teacher.window - teacher.context} some frames are never forecast",
     )
 
 

@@ -49,6 +49,7 @@ class Data:
     videos: str = "sandbox"  # folder of clips with metadata.jsonl or .txt captions, or "sandbox"
     prompts: str = "sandbox"  # text file, one prompt a line, or JSON lines with "text", or "sandbox"
     clips: int = 768  # how many clips to write ("sandbox") or to sample ("self")
+    prompt_count: int = 256  # how many prompts to write ("sandbox")
     frames: int = 17
     height: int = 32
     width: int = 32
@@ -309,12 +310,17 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def to_dict(recipe: Any) -> dict:
+def to_dict(recipe: Any) -> Any:
     """Plain nested dict, as YAML and JSON take it."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in _plain(dataclasses.asdict(recipe)).items()}
+    if dataclasses.is_dataclass(recipe):
+        return {f.name: to_dict(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
+    return list(recipe) if isinstance(recipe, tuple) else recipe
 
 
-def _plain(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
-    return list(tree) if isinstance(tree, tuple) else tree
+def flat(tree: dict, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested dict."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

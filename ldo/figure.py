@@ -9,7 +9,6 @@ steps, taken in the full feature space (90 degrees is a random walk, less is smo
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def feature_paths(run: Run, adapters: dict[str, dict[str, Tensor]]) -> dict[str,
     device, d = run.world.device, run.recipe.data
     scenes, index = [], 0
     while len(scenes) < CLIPS:
-        scene = simulate.sample_scene(numpy_rng(run.seed, "figure", index), "test")
+        scene = scenes.sample_scene(numpy_rng(run.seed, "figure", index), "test")
         index += 1
         if scene.kind not in ("stack", "occluder"):
             scenes.append(scene)
@@ -93,7 +92,10 @@ def draw(paths: dict[str, np.ndarray], seed: int) -> dict:
     return {n: {"turning": turning(paths[n]), "paths": np.round(p, 2).tolist()} for n, p in placed.items()}
 
 
-def write(run: Run, adapters: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Write the figure's data as JSON, unless it is there."""
-    if not path.exists():
+def write(run: Run) -> None:
+    """Write ``eval/figure.json``: the base, and the last adapter that was exported. Nothing where it is there already."""
+    path = run.folder / "eval" / "figure.json"
+    names = [n for n in ("ldo", "aligned", "sft") if run.lora_folder(n).is_dir()]
+    if not path.exists() and names and run.recipe.data.height == run.recipe.data.width:
+        adapters = {"base": lora.zeros(run.parameters), names[0]: lora.read(run.lora_folder(names[0]))}
         write_text(path, json.dumps(draw(feature_paths(run, adapters), run.seed)))

@@ -19,7 +19,7 @@ from ldo import critic
 from ldo.config import Critic, Gate
 from ldo.progress import Bar, batches
 from ldo.rng import numpy_rng
-from ldo.sandbox import corrupt, simulate
+from ldo.sandbox import corrupt, scenes, simulate
 from ldo.sandbox.measure import measure, severity
 from ldo.sandbox.observe import Prompt
 from ldo.world_model import WorldModel
@@ -57,7 +57,7 @@ def matched_pairs(world: WorldModel, config: Critic, pairs: int, seed: int = 0, 
         index += 1
         wanted = [k for k in KINDS if len(broken[k]) < pairs]
         need = {"swap": "occluder", "interpenetrate": ("collision_1d", "collision_2d")[index % 2], "float": ("ballistic", "bounce")[index % 2]}
-        scene = simulate.sample_scene(rng, kind=need.get(wanted[-1]) if len(wanted) < len(KINDS) else None)
+        scene = scenes.sample_scene(rng, kind=need.get(wanted[-1]) if len(wanted) < len(KINDS) else None)
         if scene.kind == "stack":  # a scene at rest has no dynamics to judge
             continue
         found = {k: corrupt.corrupt(scene, rng, k) for k in wanted}
@@ -86,8 +86,8 @@ def _bounces(world: WorldModel, config: Critic, pairs: int, seed: int, active: b
     """Restitution 0.6 against 1.0 from the same start, and a soft bounce against its reversal (forward rewards only)."""
     hard, soft, index = [], [], 0
     while len(hard) < pairs:
-        scene = simulate.sample_scene(numpy_rng(seed, "gate bounce", index), kind="bounce")
-        other = simulate.with_restitution(scene, 0.6)
+        scene = scenes.sample_scene(numpy_rng(seed, "gate bounce", index), kind="bounce")
+        other = scenes.with_restitution(scene, 0.6)
         index += 1
         if other is not None:
             hard.append(simulate.render(simulate.track(scene), world.crop))

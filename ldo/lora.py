@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
@@ -77,6 +77,11 @@ def export(folder: Path, values: dict[str, Tensor], rank: int, alpha: float, tar
     for key in [k for k in other if k.endswith("lora_down.weight")]:
         other[key.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
     _write(other, folder / COMFY, {"format": "pt"})
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """An exported adapter's values by their names in the model."""
+    return {k.removeprefix("transformer."): v for k, v in load_file(folder / WEIGHTS).items()}
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

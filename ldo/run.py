@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from ldo import config as recipes
 from ldo import data, generator, lora
 from ldo.check import Checked
-from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError
 from ldo.distributed import World, barrier
 from ldo.generator import Generator
@@ -88,22 +84,6 @@ class Texts:
         return torch.stack([self._known[p] for p in prompts]).to(self._run.world.device)
 
 
-def start(checked: Checked, world: World) -> None:
-    """Claim the run's folder, or find in it the run to resume. RecipeError if it was begun with another recipe."""
-    recipe = checked.recipe
-    path = recipe.run / "recipe.yaml"
-    now = yaml.safe_dump(recipes.to_dict(recipe), sort_keys=False)
-    if path.exists():
-        then = path.read_text()
-        if then != now:
-            changed = [line for line in difflib.ndiff(then.splitlines(), now.splitlines()) if line[0] in "-+"]
-            was = next((line[2:].strip() for line in changed if line[0] == "-"), "something else")
-            raise RecipeError(f"{recipe.run} was begun with another recipe ({was}); give this one its own name=..., or remove that folder")
-    elif world.first:
-        write_text(path, now)
-    barrier(world)
-
-
 def load(checked: Checked, world: World) -> Run:
     """Load the models and put a fresh adapter on the generator."""
     recipe = checked.recipe
@@ -113,9 +93,9 @@ def load(checked: Checked, world: World) -> Run:
             raise RecipeError(f"{key} is {value}; with {world.size} processes it must be a multiple of {world.size}")
     prompts = checked.prompts
     if prompts is None:
-        path = Path(recipe.out) / "sandbox-data" / f"prompts-{recipe.seed}.jsonl"
+        path = Path(recipe.out) / "sandbox-data" / f"prompts-{recipe.data.prompt_count}-{recipe.seed}.jsonl"
         if world.first:
-            sandbox.write_prompts(path, 256, recipe.seed)
+            sandbox.write_prompts(path, recipe.data.prompt_count, recipe.seed)
         barrier(world)
         prompts = data.read_prompts(path)
     model = generator.load(recipe.model.family, checked.model, DTYPES[recipe.model.dtype], recipe.model.text_length)

@@ -24,41 +24,58 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 
-from ldo import align, evaluate, qualify, reinforce, report
 from ldo.check import Checked, check
-from ldo.config import RecipeError, read
+from ldo.checkpoint import write_text
+from ldo.config import Recipe, RecipeError, flat, read, to_dict
 from ldo.distributed import World, barrier, join, leave
-from ldo.run import Run, load, start
 from ldo.update import TrainingError
 
 DEFAULT = Path(__file__).resolve().parent.parent / "recipes" / "sandbox.yaml"
 
 
+def claim(recipe: Recipe, world: World) -> None:
+    """Claim the run's folder, or find in it the run to resume. RecipeError if it was begun with another recipe."""
+    path = recipe.run / "recipe.yaml"
+    now = yaml.safe_dump(to_dict(recipe), sort_keys=False)
+    if path.exists():
+        then, now = yaml.safe_load(path.read_text()), yaml.safe_load(now)
+        changed = [k for k, v in flat(now) if dict(flat(then)).get(k) != v]
+        if changed:
+            was = dict(flat(then)).get(changed[0], "unset")
+            raise RecipeError(f"{recipe.run} was begun with {changed[0]}={was}; give this run its own name=..., or remove that folder")
+    elif world.first:
+        write_text(path, now)
+    barrier(world)
+
+
 def run_stages(checked: Checked, world: World) -> None:
     """Run the recipe's stages. TrainingError where one cannot go on."""
+    # imported once the recipe is known to be sound: the model libraries take seconds
+    from ldo import align, evaluate, figure, qualify, reinforce, report
+    from ldo.run import load
+
     recipe = checked.recipe
-    run: Run | None = None
-    seconds = {}
+    run = None
     for stage in recipe.stages:
         began = time.monotonic()
-        if stage in ("gate", "sft", "align", "reinforce"):
+        if stage != "report":
             run = run or load(checked, world)
-            if stage == "gate":
-                qualify.enforce(run)
-            elif stage == "reinforce":
-                reinforce.train(run)
-            else:
-                align.train(run, stage)
+        if stage == "gate":
+            qualify.enforce(run)
+        elif stage in ("sft", "align"):
+            align.train(run, stage)
+        elif stage == "reinforce":
+            reinforce.train(run)
+        elif world.first and stage == "evaluate":
+            evaluate.evaluate(recipe, checked.model, checked.world_model)
+            figure.write(run)
         elif world.first:
-            if stage == "evaluate":
-                evaluate.evaluate(recipe, checked.model, checked.world_model)
-            else:
-                print(f"report: {report.write(recipe.run)}")
+            print(f"report: {report.write(recipe.run)}")
         barrier(world)
-        seconds[stage] = time.monotonic() - began
         if world.first:
-            print(f"{stage}: done in {seconds[stage]:.0f} s", flush=True)
+            print(f"{stage}: done in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         world = join(recipe.device)
-        start(checked, world)
+        claim(recipe, world)
         if world.first:
             print(f"run: {recipe.run}  ({', '.join(recipe.stages)}) on {world.size} x {world.device.type}", flush=True)
         run_stages(checked, world)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny random models in the real formats, loaded once."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,7 +54,39 @@ def frames():
     import numpy as np
 
     from ldo.rng import numpy_rng
-    from ldo.sandbox import simulate
+    from ldo.sandbox import scenes, simulate
 
-    scenes = [simulate.sample_scene(numpy_rng(1, "frames", i), kind=k) for i, k in enumerate(("uniform", "bounce"))]
+    scenes = [scenes.sample_scene(numpy_rng(1, "frames", i), kind=k) for i, k in enumerate(("uniform", "bounce"))]
     return torch.from_numpy(np.stack([simulate.render(simulate.track(s)) for s in scenes]))
+
+
+@pytest.fixture(scope="session")
+def sandbox_data(tmp_path_factory, wan_folder, vjepa_folder):
+    """The small recipe's clips and prompts, written once."""
+    import recipes
+    from ldo import run
+    from ldo.check import check
+    from ldo.config import read
+    from ldo.distributed import World
+
+    folder = tmp_path_factory.mktemp("data")
+    run.sandbox_clips(run.load(check(read(recipes.write(folder, wan_folder, vjepa_folder))), World()))
+    return folder / "runs" / "sandbox-data"
+
+
+@pytest.fixture
+def open_run(tmp_path, wan_folder, vjepa_folder, sandbox_data):
+    """Load a run of the small recipe in this process: ``open_run(rl__updates=2)``; the same folder every time."""
+    import recipes
+    from ldo import run
+    from ldo.check import check
+    from ldo.config import read
+    from ldo.distributed import World
+
+    shutil.copytree(sandbox_data, tmp_path / "runs" / "sandbox-data")
+
+    def make(**changes):
+        recipe = read(recipes.write(tmp_path, wan_folder, vjepa_folder, **changes))
+        return run.load(check(recipe), World())
+
+    return make

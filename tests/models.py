@@ -43,7 +43,7 @@ def write_wan(folder: Path, seed: int = 0) -> Path:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0)
     pipeline = WanPipeline(tokenizer=words, text_encoder=UMT5EncoderModel(text), vae=vae, scheduler=scheduler, transformer=transformer)
     pipeline.save_pretrained(folder)

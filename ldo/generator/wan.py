@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldo.generator import Tap, tap_block
 from ldo.generator.folder import Geometry
+from ldo.generator.protocol import Tap, tap_block
 
 _COMFY = {
     "attn1.to_q": "self_attn.q",

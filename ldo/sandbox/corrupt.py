@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ldo.sandbox.simulate import FRAMES, GRAVITY, NAMES, OCCLUDER, Scene, Track, sample_scene, simulate, track
+from ldo.sandbox.scenes import sample_scene
+from ldo.sandbox.simulate import FRAMES, GRAVITY, NAMES, OCCLUDER, Scene, Track, simulate, track
 
 VIOLATION_SHARE = 0.3  # of a mix like the web's
 

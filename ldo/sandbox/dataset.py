@@ -11,7 +11,7 @@ import numpy as np
 from ldo.checkpoint import write_text
 from ldo.data import write_video
 from ldo.rng import numpy_rng
-from ldo.sandbox import corrupt, simulate
+from ldo.sandbox import corrupt, scenes, simulate
 from ldo.sandbox.observe import Prompt
 
 MODELS = Path(__file__).with_name("models")
@@ -52,9 +52,9 @@ def write_prompts(path: Path, count: int, seed: int, split: str = "train", rest:
     lines = []
     for i in range(count):
         rng = numpy_rng(seed, f"prompts {split} {rest}", i)
-        scene = simulate.sample_scene(rng, split, kind="stack" if rest else None)
+        scene = scenes.sample_scene(rng, split, kind="stack" if rest else None)
         while not rest and scene.kind == "stack":
-            scene = simulate.sample_scene(rng, split)
+            scene = scenes.sample_scene(rng, split)
         lines.append(_line(scene, simulate.track(scene).path_length))
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 

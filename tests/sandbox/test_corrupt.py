@@ -8,8 +8,9 @@ import pytest
 from ldo.rng import numpy_rng
 from ldo.sandbox import corrupt as violations
 from ldo.sandbox.corrupt import KINDS, PLANTED, VIOLATION_SHARE, corrupt, mixed, plant
-from ldo.sandbox.simulate import FRAMES, GRAVITY, OCCLUDER, render, sample_scene, simulate, track
-from ldo.sandbox.simulate import KINDS as SCENES
+from ldo.sandbox.scenes import KINDS as SCENES
+from ldo.sandbox.scenes import sample_scene
+from ldo.sandbox.simulate import FRAMES, GRAVITY, OCCLUDER, render, simulate, track
 
 MOVING = set(SCENES) - {"stack"}
 APPLIES = {

@@ -9,25 +9,11 @@ import pytest
 
 from ldo.rng import numpy_rng
 from ldo.sandbox import simulate as world
-from ldo.sandbox.simulate import (
-    BLOCK,
-    FLOOR,
-    FRAMES,
-    GRAVITY,
-    HELD_OUT,
-    KINDS,
-    NAMES,
-    OCCLUDER,
-    PALETTE,
-    Scene,
-    render,
-    sample_scene,
-    simulate,
-    track,
-)
+from ldo.sandbox.scenes import HELD_OUT, KINDS, SPLITS, sample_scene
+from ldo.sandbox.simulate import BLOCK, FLOOR, FRAMES, GRAVITY, NAMES, OCCLUDER, PALETTE, Scene, render, simulate, track
 
 MOVING = [k for k in KINDS if k != "stack"]
-DRAWS = [(s, k) for s in world.SPLITS for k in KINDS if not (s == "soft" and k != "bounce") and not (s == "combination" and k not in HELD_OUT)]
+DRAWS = [(s, k) for s in SPLITS for k in KINDS if not (s == "soft" and k != "bounce") and not (s == "combination" and k not in HELD_OUT)]
 
 
 @cache

@@ -130,6 +130,4 @@ def pipeline(work: Path, vae: AutoencoderKLWan) -> WanPipeline:
     for name in ("transformer", "text"):
         parts[name].load_state_dict(state[f"average_{name}"])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT)
-    return WanPipeline(
-        tokenizer=words, text_encoder=parts["text"].eval(), vae=vae, scheduler=scheduler, transformer=parts["transformer"].eval()
-    )
+    return WanPipeline(tokenizer=words, text_encoder=parts["text"].eval(), vae=vae, scheduler=scheduler, transformer=parts["transformer"].eval())

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from rich.progress import track as progress
 
 from ldo.rng import numpy_rng
-from ldo.sandbox import corrupt, simulate
+from ldo.sandbox import corrupt, scenes, simulate
 from ldo.sandbox.measure import METRICS, Measured, measure
 from ldo.sandbox.observe import Prompt
 
@@ -45,7 +45,7 @@ def _measured(vae: AutoencoderKLWan, tracks: list[simulate.Track], limits: dict,
 
 def valid(seed: int, purpose: str, count: int) -> list[simulate.Track]:
     """Valid clips of the training distribution."""
-    return [simulate.track(simulate.sample_scene(numpy_rng(seed, purpose, i))) for i in range(count)]
+    return [simulate.track(scenes.sample_scene(numpy_rng(seed, purpose, i))) for i in range(count)]
 
 
 def broken(seed: int, kind: str, count: int) -> list[simulate.Track]:
@@ -54,7 +54,7 @@ def broken(seed: int, kind: str, count: int) -> list[simulate.Track]:
     while len(out) < count:
         rng = numpy_rng(seed, f"broken {kind}", index)
         index += 1
-        clip = corrupt.corrupt(simulate.sample_scene(rng), rng, kind)
+        clip = corrupt.corrupt(scenes.sample_scene(rng), rng, kind)
         out += [clip] if clip is not None else []
     return out
 
@@ -72,12 +72,8 @@ def thresholds(vae: AutoencoderKLWan) -> dict:
     found = _measured(vae, valid(0, "thresholds", CLIPS), {}, "thresholds")
     bound = {k: float(np.quantile([getattr(m, k) for m in found], 0.99)) for k in METRICS}
     scenes = valid(0, "thresholds", CLIPS)
-    least = {
-        kind: float(np.quantile([t.path_length for t in scenes if t.scene.kind == kind], 0.01)) for kind in simulate.KINDS
-    }
+    least = {kind: float(np.quantile([t.path_length for t in scenes if t.scene.kind == kind], 0.01)) for kind in scenes.KINDS}
     limits = {"thresholds": bound, "least_path": least}
     alarms = np.mean([bool(m.violations) for m in _measured(vae, valid(1, "thresholds", CHECKED), limits, "false alarms")])
-    detected = {
-        k: float(np.mean([bool(m.violations) for m in _measured(vae, broken(1, k, BROKEN), limits, k)])) for k in corrupt.KINDS
-    }
+    detected = {k: float(np.mean([bool(m.violations) for m in _measured(vae, broken(1, k, BROKEN), limits, k)])) for k in corrupt.KINDS}
     return {**limits, "clips": CLIPS, "vae": fingerprint(vae), "false_alarms": float(alarms), "detected": detected}

@@ -61,7 +61,8 @@ def fit(
         if (i + 1) % log_every == 0 or i + 1 == total:
             n = min(log_every, i + 1 - start)
             left = (time.monotonic() - began) / (i + 1 - start) * (total - i - 1)
-            print(f"{path.stem} {i + 1}/{total}  " + "  ".join(f"{k} {v / n:.4f}" for k, v in sums.items()) + f"  {left / 60:.0f} min left", flush=True)
+            figures = "  ".join(f"{k} {v / n:.4f}" for k, v in sums.items())
+            print(f"{path.stem} {i + 1}/{total}  {figures}  {left / 60:.0f} min left", flush=True)
             sums = {}
         now = time.monotonic()
         if now > deadline and i + 1 < total:

@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track as progress
 
 from ldo.rng import numpy_rng
-from ldo.sandbox import corrupt, simulate
+from ldo.sandbox import corrupt, scenes, simulate
 
 SIZE = 32
 _CHUNK = 500
@@ -30,9 +30,9 @@ def mix_clip(seed: int, index: int) -> simulate.Track:
 def valid_clip(seed: int, index: int) -> simulate.Track:
     """Clip ``index`` of the world model's diet."""
     rng = numpy_rng(seed, "valid", index)
-    scene = simulate.sample_scene(rng, str(rng.choice(["train", "ood", "combination"], p=[0.6, 0.25, 0.15])))
+    scene = scenes.sample_scene(rng, str(rng.choice(["train", "ood", "combination"], p=[0.6, 0.25, 0.15])))
     if scene.kind == "bounce" and rng.random() < 0.5:
-        scene = simulate.with_restitution(scene, 0.6) or scene
+        scene = scenes.with_restitution(scene, 0.6) or scene
     return simulate.track(scene)
 
 

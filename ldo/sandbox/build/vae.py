@@ -52,7 +52,7 @@ def _step(vae: AutoencoderKLWan, optimizer: torch.optim.Optimizer, losses: dict[
     return {k: v.item() for k, v in losses.items()}
 
 
-def train(work: Path, device: str, deadline: float, steps: int = 6000, fine: int = 6000, batch: int = 8) -> None:
+def train(work: Path, device: str, deadline: float, steps: int = 6000, fine: int = 4000, batch: int = 8) -> None:
     """Reconstruct the mix (L1 + squared error, a light KL) on 9 frames, then on all 17; then again with balls weighted.
 
     Balls cover a twentieth of the picture, and the exact metrics look at nothing else: in the last phase pixels that
@@ -76,8 +76,8 @@ def train(work: Path, device: str, deadline: float, steps: int = 6000, fine: int
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     fit(work / "vae.pt", {"vae": vae}, optimizer, coarse, steps, deadline, lr=2e-3)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    fit(work / "vae-fine.pt", {"vae": vae}, optimizer, finer, fine, deadline, lr=1e-3)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-4, betas=(0.9, 0.98))
+    fit(work / "vae-fine.pt", {"vae": vae}, optimizer, finer, fine, deadline, lr=5e-4)
 
 
 def load(work: Path) -> AutoencoderKLWan:

@@ -61,7 +61,7 @@ def _weather(x: Tensor, rng: torch.Generator) -> Tensor:
     return (x + 0.03 * torch.rand(b, 1, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)).clamp(0, 1)
 
 
-def train_encoder(work: Path, device: str, deadline: float, steps: int = 8000, batch: int = 32) -> None:
+def train_encoder(work: Path, device: str, deadline: float, steps: int = 6000, batch: int = 32) -> None:
     """Phase 1: forecast the averaged encoder's normed features from 2-12 frames, and decode pixels linearly."""
     torch.manual_seed(1)
     model = _model(96, 4).to(device)

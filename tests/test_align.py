@@ -1,0 +1,107 @@
+"""Stage 1 and its control: what is learnt, held-out losses, bitwise resume, the finite check, self mode."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ldo import align, checkpoint, lora
+from ldo.metrics import read
+from ldo.update import TrainingError
+
+
+def test_loss_falls_and_the_adapter_is_exported(open_run):
+    run = open_run(align__steps=12)
+    values = align.train(run, "align")
+    rows = read(run.folder / "align.jsonl")
+    assert [r["step"] for r in rows] == list(range(12))
+    held = [r["held_out_pda"] for r in rows if "held_out_pda" in r]
+    assert len(held) == 6 and held[-1] < held[0]
+    exported = lora.read(run.lora_folder("aligned"))
+    assert all(torch.equal(exported[k], v) for k, v in values.items())
+    assert any((v != run.fresh[k]).any() for k, v in values.items())
+
+
+def test_control_sees_the_same_batches_without_the_teacher(open_run):
+    run = open_run()
+    align.train(run, "sft")
+    align.train(run, "align")
+    sft, aligned = read(run.folder / "sft.jsonl"), read(run.folder / "align.jsonl")
+    assert sft[0]["flow_loss"] == aligned[0]["flow_loss"]  # the same clips, noise and times from the same adapter
+    assert sft[-1]["flow_loss"] != aligned[-1]["flow_loss"]
+    assert all(r["pda_loss"] == 0 for r in sft) and all(r["pda_loss"] > 0 for r in aligned)
+
+
+@pytest.mark.parametrize("projector", ["none", "mlp"])
+def test_resume_is_bitwise(open_run, projector):
+    whole = open_run(teacher__projector=projector)
+    expected = align.train(whole, "align")
+    log = (whole.folder / "align.jsonl").read_text()
+    shutil.rmtree(whole.folder)
+
+    first = open_run(teacher__projector=projector)
+    steps, apply = [], align.apply
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 6:  # after step 5: one step past the checkpoint at 4
+            raise KeyboardInterrupt
+        return apply(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(align, "apply", dies)
+        align.train(first, "align")
+    assert checkpoint.load(first.checkpoint("align"))["step"] == 4
+    found = align.train(open_run(teacher__projector=projector), "align")
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert (whole.folder / "align.jsonl").read_text() == log
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_its_state(open_run):
+    run = open_run()
+    align.train(run, "sft")
+    before = checkpoint.load(run.checkpoint("sft"))
+    shutil.rmtree(run.folder / "checkpoints")
+    clips = align.prepare(run)
+    run.prepared = align.Clips(clips.latents.index_fill(0, torch.arange(14), float("nan")), clips.prompts, clips.target)
+    with pytest.raises(TrainingError, match=r"not finite at sft step 0, clips \["):
+        align.train(run, "sft")
+    assert all(torch.isfinite(p).all() for p in run.parameters.values())
+    assert before["step"] == 6 and not run.checkpoint("sft").exists()
+
+
+def test_held_out_clips_are_never_trained_on(open_run, monkeypatch):
+    run = open_run()
+    seen = set()
+    losses = align.losses
+
+    def spy(run, aligner, clips, rows, noise, t_B):
+        if torch.is_grad_enabled():
+            seen.update(rows.tolist())
+        return losses(run, aligner, clips, rows, noise, t_B)
+
+    monkeypatch.setattr(align, "losses", spy)
+    align.train(run, "sft")
+    assert seen and max(seen) < 14  # of 16 clips the last two are held out
+
+
+def test_block_is_a_share_of_depth(open_run):
+    assert [align.block_index(open_run(teacher__block=b)) for b in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 1, 1]
+
+
+def test_training_times_follow_the_samplers_spacing():
+    u = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.allclose(align.training_times(u, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    assert torch.equal(align.training_times(u, 1.0), u)
+
+
+def test_self_mode_trains_on_the_models_own_videos(open_run):
+    run = open_run(data__source="self", data__clips=20)
+    align.train(run, "align")
+    lines = [json.loads(line) for line in (run.folder / "self" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == [f"{i:05d}.mp4" for i in range(20)]
+    assert [line["text"] for line in lines] == [run.prompts[i % 8].text for i in range(20)]
+    assert len(align.prepare(run)) == 20
+    frames = run.frames_of(run_clips := align.own_clips(run))
+    assert len(run_clips) == 20 and frames.shape == (20, 17, 3, 32, 32)

@@ -1,0 +1,145 @@
+"""Every mistake a user can make is one line that says what, where and the mend, with exit code 2, before anything loads."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import recipes
+from ldo import data, train
+from ldo.check import main as check_main
+
+
+@pytest.fixture
+def recipe(tmp_path, wan_folder, vjepa_folder):
+    return lambda **changes: str(recipes.write(tmp_path, wan_folder, vjepa_folder, **changes))
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a model was about to load")
+
+    monkeypatch.setattr(train, "run_stages", refuse)
+
+
+def fails(capsys, *argv):
+    """Run both entries; return the one line they print."""
+    for main in (train.main, check_main):
+        assert main([str(a) for a in argv]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("ldo: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("rl.group_size=1", ["rl.group_size is 1", "at least 2"]),
+        ("data.frames=16", ["16 frames", "4K+1", "use 17"]),
+        ("data.frames=19", ["19 frames", "use"]),
+        ("data.height=30", ["height 30", "multiple of 8", "use 32"]),
+        ("teacher.context=16", ["teacher.context", "16 frames is not shorter than the window of 16"]),
+        ("critic.contexts=[4,20]", ["critic.contexts", "20"]),
+        ("critic.contexts=[]", ["critic.contexts is empty"]),
+        ("teacher.context=7", ["teacher.context is 7", "tubelets of 2"]),
+        ("critic.window=20", ["critic.window is 20", "use at most 16"]),
+        ("teacher.stride=12", ["teacher.stride is 12", "never forecast"]),
+        ("rl.window=5", ["the last must be the ODE's"]),
+        ("rl.minibatches=3", ["rl.minibatches is 3", "divide"]),
+        ("align.steps=0", ["align.steps is 0"]),
+        ("stages=[align,gate]", ["stages", "order"]),
+        ("stages=[align,rest]", ["stages", "rest unknown"]),
+        ("model.family=sora", ["model.family", "sora"]),
+        ("align.stepz=3", ["unknown key align.stepz", "did you mean align.steps"]),
+        ("align.steps=many", ["align.steps is 'many'", "whole number"]),
+        ("teacher.mode=guess", ["teacher.mode is 'guess'", "forecast, encode, delta"]),
+        ("model.path=./nowhere", ["model.path", "./nowhere does not exist"]),
+        ("world_model.path=/no/such", ["world_model.path", "/no/such does not exist"]),
+        ("evaluate.batch=3", ["evaluate.batch is 3", "divide"]),
+        ("rl.sampler=cps rl.eta=1.0", ["rl.eta", "(0, 1)"]),
+        ("rl.objective=nft rl.guidance=2.0", ["rl.guidance", "nft"]),
+        ("name=a/b", ["name is 'a/b'"]),
+    ],
+)
+def test_values(capsys, recipe, change, words):
+    line = fails(capsys, recipe(), *change.split())
+    assert all(w in line for w in words), line
+
+
+def test_recipe_files(capsys, tmp_path, recipe):
+    assert "does not exist" in fails(capsys, tmp_path / "recipy.yaml")
+    path = tmp_path / "bad.yaml"
+    path.write_text("align: {steps: [")
+    assert "not valid YAML" in fails(capsys, path)
+    path.write_text("- a\n- b\n")
+    assert "must be a mapping" in fails(capsys, path)
+    assert "key=value" in fails(capsys, recipe(), "align.steps")
+
+
+def test_model_folders(capsys, tmp_path, recipe, wan_folder, vjepa_folder):
+    assert "model_index.json" in fails(capsys, recipe(), f"model.path={tmp_path}")
+    assert "no readable config.json" in fails(capsys, recipe(), f"world_model.path={tmp_path}")
+    assert "not a diffusers pipeline folder" in fails(capsys, recipe(), f"model.path={vjepa_folder}")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "holds a vit model" in fails(capsys, recipe(), f"world_model.path={tmp_path}")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder of two good clips."""
+    folder = tmp_path / "videos"
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        data.write_video(folder / f"{name}.mp4", rng.integers(0, 255, (20, 32, 32, 3), dtype=np.uint8), 8)
+        (folder / f"{name}.txt").write_text("a red ball rolls")
+    return folder
+
+
+def test_videos(capsys, recipe, videos):
+    change = f"data.videos={videos}"
+    (videos / "c.txt").write_text("a caption")
+    assert "c.txt is a caption without a clip" in fails(capsys, recipe(), change)
+    (videos / "c.mp4").write_bytes(b"")
+    assert "c.mp4: it is empty" in fails(capsys, recipe(), change)
+    (videos / "c.mp4").write_bytes(b"not a video" * 100)
+    assert "c.mp4: it cannot be decoded" in fails(capsys, recipe(), change)
+    data.write_video(videos / "c.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
+    assert "c.mp4: it gives 5 frames" in fails(capsys, recipe(), change)
+    (videos / "metadata.jsonl").write_text(json.dumps({"file_name": "lost.mp4", "text": "a ball"}))
+    assert "lost.mp4" in fails(capsys, recipe(), change)
+    assert "does not exist" in fails(capsys, recipe(), "data.videos=nowhere")
+
+
+def test_prompts(capsys, recipe, tmp_path):
+    assert "does not exist" in fails(capsys, recipe(), "data.prompts=none.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    assert "holds no prompts" in fails(capsys, recipe(), f"data.prompts={empty}")
+
+
+def test_sound_recipe(capsys, recipe, videos):
+    assert check_main([recipe(), f"data.videos={videos}"]) == 0
+    out = capsys.readouterr().out
+    assert "(5, 4, 4) tokens" in out and "The recipe is sound." in out
+
+
+def test_a_run_is_not_continued_with_another_recipe(capsys, recipe, monkeypatch):
+    monkeypatch.setattr(train, "run_stages", lambda *_: None)
+    path = recipe()
+    assert train.main([path]) == 0
+    assert train.main([path]) == 0
+    capsys.readouterr()
+    assert train.main([path, "align.steps=8"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "was begun with align.steps=6" in line and "name=" in line and "\n" not in line
+
+
+def test_check_loads_no_model_library(recipe):
+    """Checking takes a second, not the ten that importing the model libraries takes."""
+    import subprocess
+
+    code = "import sys, ldo.train; from ldo.check import main; main(sys.argv[1:]); print({'diffusers', 'transformers', 'peft'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code, recipe()], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("set()"), out

@@ -1,0 +1,157 @@
+"""Stage 2: the ratio, what the gradient favours, resume, samplers and objectives, the stop rule."""
+
+import shutil
+
+import pytest
+import torch
+
+from ldo import align, checkpoint, critic, lora, reinforce
+from ldo.metrics import read
+from ldo.update import TrainingError
+
+ONLY = {"stages": ["reinforce"]}
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft", "awm"])
+@pytest.mark.parametrize("sampler", ["flow", "dance", "cps"])
+def test_every_sampler_and_objective_trains(open_run, objective, sampler):
+    run = open_run(**ONLY, rl__sampler=sampler, rl__objective=objective, rl__eta=0.6, rl__updates=2)
+    values = reinforce.train(run)
+    rows = read(run.folder / "reinforce.jsonl")
+    assert len(rows) == 2 and all(r["grad_norm"] > 0 for r in rows)
+    assert any((v != run.fresh[k]).any() for k, v in values.items())
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_ratio_is_one_before_the_first_update_and_not_after(open_run, guard):
+    run = open_run(**ONLY, rl__guard=guard)
+    rollout, _ = reinforce.collect(run, 0, run.fresh)
+    ratios = [loss.ratio for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh)]
+    assert len(ratios) == 4 and all((r == 1).all() for r in ratios)
+    with torch.no_grad():
+        for p in run.parameters.values():
+            p.add_(0.05)
+    assert all((loss.ratio != 1).any() for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh))
+
+
+def test_a_rollout_that_update_does_not_repeat_is_caught(open_run, monkeypatch):
+    run = open_run(**ONLY)
+    collect = reinforce.collect
+
+    def other_weights(*args):
+        found = collect(*args)
+        with torch.no_grad():
+            next(iter(run.parameters.values())).add_(0.1)
+            list(run.parameters.values())[1].add_(0.1)
+        return found
+
+    monkeypatch.setattr(reinforce, "collect", other_weights)
+    with pytest.raises(TrainingError, match="ratio is off 1"):
+        reinforce.train(run)
+
+
+def test_reward_that_can_be_learnt_is_learnt(open_run, monkeypatch):
+    """A critic that likes red gets redder videos, by several times what they differ within a group."""
+
+    def red(judge, frames, config, fps=0.0):
+        value = 1000 * frames[:, :, 0].flatten(1).mean(1)
+        return critic.Score(value, value, value)
+
+    monkeypatch.setattr(critic, "score", red)
+    free = dict(critic__motion_weight=0.0, critic__sharpness_weight=0.0, rl__kl=0.0, rl__guard_clip=1.0)
+    run = open_run(**ONLY, **free, rl__updates=12, rl__lr=1e-2, rl__group_size=8, rl__window=3, rl__eta=1.0)
+    reinforce.train(run)
+    rows = read(run.folder / "reinforce.jsonl")
+    assert rows[-1]["reward"] > rows[0]["reward"] + 3 * rows[0]["reward_std"]
+
+
+def test_divergence_is_logged_and_grows_from_zero(open_run):
+    run = open_run(**ONLY, rl__updates=3)
+    reinforce.train(run)
+    kl = [r["kl"] for r in read(run.folder / "reinforce.jsonl")]
+    assert kl[0] < kl[-1]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_resume_is_bitwise(open_run, objective):
+    changes = {"rl__objective": objective, "rl__window_range": 2, "rl__align_weight": 0.1, "rl__flow_weight": 0.1, "align__steps": 2}
+    whole = open_run(**changes)
+    align.train(whole, "align")
+    kept = whole.checkpoint("align").read_bytes()
+    expected = reinforce.train(whole)
+    log = (whole.folder / "reinforce.jsonl").read_text()
+    shutil.rmtree(whole.folder)
+    whole.checkpoint("align").parent.mkdir(parents=True)
+    whole.checkpoint("align").write_bytes(kept)
+
+    learn, calls = reinforce.learn, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:  # in update 3, past the checkpoint at 2
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reinforce, "learn", dies)
+        reinforce.train(open_run(**changes))
+    found = reinforce.train(open_run(**changes))
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert (whole.folder / "reinforce.jsonl").read_text() == log
+
+
+def test_goes_on_from_stage_one_and_needs_it(open_run):
+    run = open_run()
+    with pytest.raises(TrainingError, match="stage 2 needs"):
+        reinforce.start_values(run)
+    aligned = align.train(run, "align")
+    lora.restore(run.parameters, run.fresh)
+    assert all(torch.equal(v, aligned[k]) for k, v in reinforce.start_values(run).items())
+    alone = open_run(**ONLY)
+    assert reinforce.start_values(alone) is alone.fresh
+
+
+def test_guidance_and_unshared_noise(open_run):
+    run = open_run(**ONLY, rl__guidance=2.0, rl__shared_noise=False, rl__updates=1)
+    rollout, _ = reinforce.collect(run, 0, run.fresh)
+    assert not torch.equal(rollout.trajectory.x_SN[0, 0], rollout.trajectory.x_SN[0, 1])
+    shared = open_run(**ONLY, rl__updates=1)
+    rollout, _ = reinforce.collect(shared, 0, shared.fresh)
+    assert torch.equal(rollout.trajectory.x_SN[0, 0], rollout.trajectory.x_SN[0, 1])
+    assert not torch.equal(rollout.trajectory.final_N[0], rollout.trajectory.final_N[1])
+
+
+def test_a_group_without_variance_is_dropped_and_counted(open_run, monkeypatch):
+    def even(judge, frames, config, fps=0.0):
+        value = torch.ones(len(frames)) if len(calls) % 2 else torch.rand(len(frames), generator=torch.Generator().manual_seed(len(calls)))
+        calls.append(1)
+        return critic.Score(value, value, value)
+
+    calls = []
+    monkeypatch.setattr(critic, "score", even)
+    run = open_run(**ONLY, critic__motion_weight=0.0, critic__sharpness_weight=0.0)
+    rollout, figures = reinforce.collect(run, 0, run.fresh)
+    assert figures["zero_variance_groups"] == 1
+    assert (rollout.advantage_N[4:] == 0).all() and (rollout.advantage_N[:4] != 0).all()
+    assert len(list(reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh))) == 2
+
+
+def test_stops_when_motion_dies(open_run, monkeypatch, capsys):
+    turn = iter(range(10**6))  # the guard, then the ratio; each of the rollout's videos, then of the reference's
+    monkeypatch.setattr(critic, "motion", lambda frames: torch.full((len(frames),), 1.0 if next(turn) % 2 else 0.1))
+    run = open_run(**ONLY, rl__updates=20)
+    reinforce.train(run)
+    assert len(read(run.folder / "reinforce.jsonl")) == 5
+    assert "motion fell to 0.10" in capsys.readouterr().out
+    assert checkpoint.load(run.checkpoint("reinforce"))["stopped"]
+    reinforce.train(open_run(**ONLY, rl__updates=20))
+    assert len(read(run.folder / "reinforce.jsonl")) == 5  # it stays stopped
+
+
+def test_export_is_the_average(open_run):
+    run = open_run(**ONLY, rl__updates=2, rl__ema=0.5, rl__ema_every=1)
+    values = reinforce.train(run)
+    last = checkpoint.load(run.checkpoint("reinforce"))["lora"]
+    name = max(last, key=lambda k: float((last[k] - run.fresh[k]).abs().max()))
+    assert not torch.equal(values[name], last[name]) and not torch.equal(values[name], run.fresh[name])
+    assert torch.equal(lora.read(run.lora_folder("ldo"))[name], values[name])

@@ -1,0 +1,123 @@
+"""The whole of it from the command line: all stages, killed in each of them and started again, on one process and two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import recipes
+from ldo import lora
+from ldo.train import main
+
+STAGES = ["gate", "sft", "align", "reinforce", "evaluate", "report"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(path, *extra, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "ldo.train", str(path), *extra]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, wan_folder, vjepa_folder):
+    return recipes.write(tmp_path_factory.mktemp("train"), wan_folder, vjepa_folder, stages=STAGES, align__steps=8, rl__updates=6)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    """The folder of an undisturbed run."""
+    assert main([str(recipe)]) == 0
+    return recipe.parent / "runs" / "small"
+
+
+def contents(folder):
+    """What two runs must share: logs, adapters, gate, measurements."""
+    report = json.loads((folder / "report.json").read_text())
+    return {
+        **{n: (folder / f"{n}.jsonl").read_text() for n in ("sft", "align", "reinforce")},
+        **{str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("lora/*/*.safetensors"))},
+        "gate": (folder / "gate.json").read_text(),
+        "eval": [(folder / "eval" / f"{a}.json").read_text() for a in ("base", "sft", "aligned", "ldo")],
+        "stages": report["stages"],
+    }
+
+
+def test_a_run_leaves_report_and_loras(whole):
+    report = json.loads((whole / "report.json").read_text())
+    assert [s["name"] for s in report["stages"]] == ["base", "sft", "aligned", "ldo"]
+    for stage in report["stages"]:
+        assert stage["n_videos"] == 8
+        assert set(stage["metrics"]) >= {
+            "violation_rate",
+            "existence",
+            "law_residual",
+            "teleport_rate",
+            "motion_ratio",
+            "reward_skill",
+            "reward_plain",
+        }
+        assert all(m["low"] <= m["mean"] <= m["high"] for m in stage["metrics"].values())
+    assert report["gate"]["passed"] is False and report["versions"]["torch"] and report["config"]["align"]["steps"] == 8
+    page = (whole / "report.html").read_text()
+    assert "Side by side" in page and "data:image/png" in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_finished_run_started_again_changes_nothing(whole, recipe):
+    before = contents(whole)
+    assert main([str(recipe)]) == 0
+    assert contents(whole) == before
+
+
+def wait_for(process, ready, seconds=120):
+    end = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, "the run did not come so far"
+        time.sleep(0.002)
+
+
+def test_killed_anywhere_it_ends_with_the_same_numbers(whole, recipe):
+    name = ["name=killed"]
+    folder = whole.with_name("killed")
+    lines = lambda stage: len((folder / f"{stage}.jsonl").read_text().splitlines()) if (folder / f"{stage}.jsonl").exists() else 0  # noqa: E731
+    moments = [
+        lambda: (folder / "recipe.yaml").exists(),
+        lambda: lines("sft") >= 3,
+        lambda: lines("align") >= 5,
+        lambda: lines("reinforce") >= 3,
+        lambda: (folder / "eval" / "sft.json").exists(),
+    ]
+    for ready in moments:
+        process = subprocess.Popen(command(recipe, *name), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(process, ready)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main([str(recipe), *name]) == 0
+    assert contents(folder) == contents(whole)
+
+
+def test_two_processes_train_what_one_does(whole, recipe):
+    extra = ["name=pair", "stages=[sft,align,reinforce]"]
+    subprocess.run(command(recipe, *extra, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
+    assert main([str(recipe), "name=alone", *extra[1:]]) == 0
+    pair, alone = whole.with_name("pair"), whole.with_name("alone")
+    for arm in ("sft", "aligned", "ldo"):
+        a, b, start = lora.read(pair / "lora" / arm), lora.read(alone / "lora" / arm), None
+        for key in a:
+            assert torch.allclose(a[key], b[key], atol=2e-4), (arm, key, start)
+    logs = [[json.loads(line) for line in (f / "sft.jsonl").read_text().splitlines()] for f in (pair, alone)]
+    for x, y in zip(*logs, strict=True):
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+
+
+def test_a_critic_that_fails_the_gate_stops_the_run(recipe, capsys):
+    assert main([str(recipe), "name=gated", "gate.override=false"]) == 2
+    out = capsys.readouterr()
+    assert "gate: FAILED" in out.out and "FAILS" in out.out
+    assert "the critic failed the gate" in out.err and "gate.override=true" in out.err
+    assert not (recipe.parent / "runs" / "gated" / "sft.jsonl").exists()
