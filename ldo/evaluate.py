@@ -24,7 +24,7 @@ from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError, read
 from ldo.progress import Bar
 from ldo.rng import numpy_rng, torch_rng
-from ldo.run import DTYPES
+from ldo.run import DTYPES, quiet
 from ldo.sandbox import dataset as sandbox
 from ldo.sandbox.measure import measure
 from ldo.world_model import WorldModel
@@ -47,8 +47,18 @@ def prompt_lines(recipe: Recipe) -> list[data.PromptLine]:
     return data.read_prompts(path)
 
 
+def rest_lines(recipe: Recipe) -> list[data.PromptLine]:
+    """Sandbox prompts of scenes at rest, which no training stage rewards: one batch of them, reported apart."""
+    if recipe.evaluate.prompts != "sandbox":
+        return []
+    count = max(recipe.evaluate.batch // recipe.evaluate.seeds, 1)
+    path = Path(recipe.out) / "sandbox-data" / f"prompts-rest-{count}-{recipe.seed}.jsonl"
+    sandbox.write_prompts(path, count, recipe.seed, "test", rest=True)
+    return data.read_prompts(path)
+
+
 def sample(pipeline, recipe: Recipe, lines: list[data.PromptLine], name: str) -> Tensor:
-    """Videos [prompts x seeds, T, 3, H, W] in [0, 1], seeds of a prompt side by side, by the stock pipeline."""
+    """Videos [prompts x seeds, T, 3, H, W] in [0, 1], seeds of a prompt side by side, by the stock pipeline. All batches have one shape."""
     e, d = recipe.evaluate, recipe.data
     jobs = [(i, s) for i in range(len(lines)) for s in range(e.seeds)]
     out = []
@@ -140,12 +150,13 @@ def statistics(arms: dict[str, list[dict]], seeds: int, seed: int) -> tuple[dict
 
 def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
     """Sample and measure every arm that the run has; arms already measured are kept. Writes ``eval/`` in the run's folder."""
+    quiet()
     folder = recipe.run / "eval"
-    lines = prompt_lines(recipe)
+    lines, rest = prompt_lines(recipe), rest_lines(recipe)
     arms = ["base", *(a for a in ARMS[1:] if (recipe.run / "lora" / a).is_dir())]
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     judge = None
-    records = {}
+    records, at_rest = {}, {}
     for arm in arms:
         path = folder / f"{arm}.json"
         if not path.exists():
@@ -160,10 +171,14 @@ def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
             for k, video in enumerate(videos):
                 i, seed = divmod(k, recipe.evaluate.seeds)
                 data.write_video(folder / arm / f"{i:04d}-{seed}.mp4", sandbox.to_images(video.numpy()), recipe.data.fps)
-            write_text(path, json.dumps(measure_arm(videos, lines, recipe, judge)))
-        records[arm] = json.loads(path.read_text())
+            still = measure_arm(sample(pipeline, recipe, rest, f"rest {arm}"), rest, recipe, judge) if rest else []
+            write_text(path, json.dumps({"moving": measure_arm(videos, lines, recipe, judge), "rest": still}))
+        found = json.loads(path.read_text())
+        records[arm] = found["moving"]
+        if found["rest"]:
+            at_rest[arm] = sum(bool(r["violations"]) for r in found["rest"]) / len(found["rest"])
     metrics, paired = statistics(records, recipe.evaluate.seeds, recipe.seed)
-    result = {"metrics": metrics, "paired": paired, "n_videos": {a: len(r) for a, r in records.items()}}
+    result = {"metrics": metrics, "paired": paired, "n_videos": {a: len(r) for a, r in records.items()}, "at_rest": at_rest}
     write_text(folder / "summary.json", json.dumps(result, indent=1))
     return result
 

@@ -84,8 +84,18 @@ class Texts:
         return torch.stack([self._known[p] for p in prompts]).to(self._run.world.device)
 
 
+def quiet() -> None:
+    """Silence the libraries' own loading bars."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load(checked: Checked, world: World) -> Run:
     """Load the models and put a fresh adapter on the generator."""
+    quiet()
     recipe = checked.recipe
     sizes = {"align.batch": recipe.align.batch, "rl.prompts / rl.minibatches": recipe.rl.prompts // recipe.rl.minibatches}
     for key, value in sizes.items():

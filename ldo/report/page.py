@@ -87,7 +87,7 @@ def _metrics(stages: dict[str, dict]) -> str:
 
 def _videos(run: Path, stages: dict[str, dict]) -> str:
     arms = [s for s in stages if (run / "eval" / s).is_dir()]
-    records = {a: json.loads((run / "eval" / f"{a}.json").read_text()) for a in arms}
+    records = {a: json.loads((run / "eval" / f"{a}.json").read_text())["moving"] for a in arms}
     if not arms or "kind" not in records[arms[0]][0]:
         return ""
     prompts = sorted({r["prompt"] for r in records[arms[0]]})[:SHOWN]

@@ -103,7 +103,7 @@ def _disc_share(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def _expected_share(position: np.ndarray, radius: np.ndarray, prompt: Prompt) -> np.ndarray:
     """How much of each ball should show [T, N, 2] (least, largest), one frame of timing error allowed.
 
-    Behind the block a ball is expected where its own motion before it went there would take it.
+    Behind the block a ball is expected where its own motion before it went there, or after it came back, puts it.
     """
     frames, count = position.shape[:2]
     out = np.ones((frames, count, 2))
@@ -113,12 +113,17 @@ def _expected_share(position: np.ndarray, radius: np.ndarray, prompt: Prompt) ->
     for i in range(count):
         clear = ~np.isnan(position[:, i, 0])
         gone = np.flatnonzero(~clear)
-        before = np.flatnonzero(clear[: gone[0]]) if len(gone) else time
-        if not len(gone) or len(before) < 2 or radius[i] == 0:
+        if not len(gone) or radius[i] == 0:
             continue
-        slope, start = np.polyfit(before, position[before, i, 0], 1)
-        x = start + slope * (time[:, None] + np.linspace(-1, 1, 5))
-        share = 1 - _disc_share((OCCLUDER[0] - x) / radius[i], (OCCLUDER[1] - x) / radius[i])
+        runs = [np.flatnonzero(clear & side) for side in (time < gone[0], time > gone[-1])]
+        if len(runs[0]) < 2:
+            continue
+        shares = []
+        for run in [r for r in runs if len(r) >= 2]:
+            slope, start = np.polyfit(run, position[run, i, 0], 1)
+            x = start + slope * (time[:, None] + np.linspace(-1, 1, 5))
+            shares.append(1 - _disc_share((OCCLUDER[0] - x) / radius[i], (OCCLUDER[1] - x) / radius[i]))
+        share = np.concatenate(shares, 1)
         out[:, i] = np.stack([share.min(1), share.max(1)], 1)
     return out
 

@@ -25,13 +25,13 @@ LENGTH = 32  # tokens of a prompt
 SHIFT = 3.0
 TRANSFORMER = dict(
     patch_size=(1, 2, 2),
-    num_attention_heads=5,
+    num_attention_heads=4,
     attention_head_dim=32,
     in_channels=8,
     out_channels=8,
     text_dim=64,
     freq_dim=64,
-    ffn_dim=640,
+    ffn_dim=512,
     num_layers=6,
     rope_max_seq_len=64,
 )
@@ -86,7 +86,7 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 64) -> None:
+def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 32) -> None:
     """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships."""
     data, captions = latents(work, vae, device)
     words, parts = _models(captions)

@@ -101,7 +101,7 @@ def train_encoder(work: Path, device: str, deadline: float, steps: int = 6000, b
     fit(work / "world-encoder.pt", modules, optimizer, step, steps, deadline, lr=1e-3)
 
 
-def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 12000, batch: int = 64) -> None:
+def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 10000, batch: int = 64) -> None:
     """Phase 2: a predictor of 128 x 6 alone, on the frozen encoder, from 4, 8 and 12 frames in turn."""
     torch.manual_seed(2)
     model = _model(128, 6)
