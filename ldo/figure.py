@@ -20,7 +20,7 @@ from ldo.align import block_index
 from ldo.checkpoint import write_text
 from ldo.rng import numpy_rng, torch_rng
 from ldo.run import Run
-from ldo.sandbox import simulate
+from ldo.sandbox import scenes, simulate
 from ldo.world_model import Tokens
 
 CLIPS = 24
@@ -47,13 +47,13 @@ def turning(path_BTD: np.ndarray) -> float:
 def feature_paths(run: Run, adapters: dict[str, dict[str, Tensor]]) -> dict[str, np.ndarray]:
     """Paths [clips, t, D]: one entry for the world model and one per adapter (name -> values)."""
     device, d = run.world.device, run.recipe.data
-    scenes, index = [], 0
-    while len(scenes) < CLIPS:
+    drawn, index = [], 0
+    while len(drawn) < CLIPS:
         scene = scenes.sample_scene(numpy_rng(run.seed, "figure", index), "test")
         index += 1
         if scene.kind not in ("stack", "occluder"):
-            scenes.append(scene)
-    tracks = [simulate.track(s, d.frames) for s in scenes]
+            drawn.append(scene)
+    tracks = [simulate.track(s, d.frames) for s in drawn]
     frames = torch.from_numpy(np.stack([simulate.render(t, d.height) for t in tracks])).to(device)
     fastest = [int(np.linalg.norm(np.diff(t.positions, axis=0), axis=-1).sum(0).argmax()) for t in tracks]
     xy = torch.tensor(np.stack([t.positions[:, i] for t, i in zip(tracks, fastest, strict=True)]), dtype=torch.float32, device=device)
@@ -65,7 +65,7 @@ def feature_paths(run: Run, adapters: dict[str, dict[str, Tensor]]) -> dict[str,
     latents = run.generator.encode_video(frames)
     noise = torch.randn(latents.shape, generator=torch_rng(run.seed, "figure")).to(device)
     t_B = torch.full((CLIPS,), NOISE, device=device)
-    text = run.texts([s.caption for s in scenes])
+    text = run.texts([s.caption for s in drawn])
     for name, values in adapters.items():
         with lora.swapped(run.parameters, values), run.generator.tap(block_index(run)) as tap:
             run.generator.velocity(flow.noisy(latents, noise, t_B), t_B, text)

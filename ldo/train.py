@@ -32,7 +32,9 @@ from ldo.config import Recipe, RecipeError, flat, read, to_dict
 from ldo.distributed import World, barrier, join, leave
 from ldo.update import TrainingError
 
-DEFAULT = Path(__file__).resolve().parent.parent / "recipes" / "sandbox.yaml"
+HERE = Path(__file__).resolve().parent
+# inside the package in a wheel, beside it in a checkout
+DEFAULT = (HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes") / "sandbox.yaml"
 
 
 def claim(recipe: Recipe, world: World) -> None:

@@ -56,8 +56,8 @@ def frames():
     from ldo.rng import numpy_rng
     from ldo.sandbox import scenes, simulate
 
-    scenes = [scenes.sample_scene(numpy_rng(1, "frames", i), kind=k) for i, k in enumerate(("uniform", "bounce"))]
-    return torch.from_numpy(np.stack([simulate.render(simulate.track(s)) for s in scenes]))
+    drawn = [scenes.sample_scene(numpy_rng(1, "frames", i), kind=k) for i, k in enumerate(("uniform", "bounce"))]
+    return torch.from_numpy(np.stack([simulate.render(simulate.track(s)) for s in drawn]))
 
 
 @pytest.fixture(scope="session")

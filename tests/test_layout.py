@@ -20,6 +20,7 @@ FLOORS = [
     "reinforce figure",
     "qualify",
     "train sandbox.build",
+    "sandbox.study",
 ]
 FLOOR = {module: level for level, names in enumerate(FLOORS) for module in names.split()}
 

@@ -2,15 +2,16 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldo.report import write
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldo.report", description="Write report.html and report.json of a run, finished or not.")
     parser.add_argument("run", help="folder of a run, e.g. runs/sandbox")
-    run = Path(parser.parse_args().run)
+    run = Path(parser.parse_args(argv).run)
     if not (run / "recipe.yaml").is_file():
         print(f"ldo: {run} is not the folder of a run: it has no recipe.yaml", file=sys.stderr)
         return 2

@@ -69,6 +69,12 @@ def _steps(position: np.ndarray) -> np.ndarray:
     return np.diff(position, axis=0)  # [T-1, N, 2], NaN where either end is missing
 
 
+def _path_length(position: np.ndarray) -> float:
+    """The way of all balls, straight from where a ball was last seen to where it is seen next."""
+    seen = [p[~np.isnan(p[:, 0])] for p in position.transpose(1, 0, 2)]
+    return float(sum(np.linalg.norm(np.diff(p, axis=0), axis=-1).sum() for p in seen))
+
+
 def _possible_contacts(seen: Observed, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     """Steps in which a ball may have met a wall [T-1, N], or another ball [T-1, N, N].
 
@@ -223,7 +229,7 @@ def measure(frames: np.ndarray, prompt: Prompt, limits: dict | None = None) -> M
     tint = np.where(share > 0.5, seen.tint, 0).max(1)
     smallest = seen.full_area.min()
     colour = np.full(len(frames), CAP) if never else np.minimum(np.maximum(seen.stray / smallest, tint), CAP)
-    path = float(np.nansum(step))
+    path = _path_length(seen.position)
     least = limits.get("least_path", {}).get(prompt.kind, 0.0)
     values = dict(
         missing=float(absent.mean()),

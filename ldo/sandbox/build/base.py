@@ -21,6 +21,7 @@ from ldo.sandbox.build.loop import fit
 from ldo.sandbox.build.pool import pool
 
 CLIPS = 100_000
+ENCODED = 50_000  # of them, enough for the steps below
 LENGTH = 32  # tokens of a prompt
 SHIFT = 3.0
 TRANSFORMER = dict(
@@ -64,13 +65,13 @@ def embed(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 def latents(work: Path, vae: AutoencoderKLWan, device: str) -> tuple[np.ndarray, list[str]]:
     """Normalised latents of the mix [n, C, T, H, W] fp16, made once, and the captions."""
     frames, captions = pool(work, "mix", CLIPS)
-    path = work / f"latents-{CLIPS}.npy"
+    path = work / f"latents-{ENCODED}.npy"
     if not path.exists():
         vae = vae.to(device)
         mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-        out = np.zeros((CLIPS, 8, 5, 8, 8), np.float16)
+        out = np.zeros((ENCODED, 8, 5, 8, 8), np.float16)
         with torch.no_grad():
-            for i in progress(range(0, CLIPS, 50), "latents"):
+            for i in progress(range(0, ENCODED, 50), "latents"):
                 x = (torch.from_numpy(frames[i : i + 50]).to(device).float() / 127.5 - 1).transpose(1, 2)
                 out[i : i + 50] = ((vae.encode(x).latent_dist.mean - mean) / std).half().cpu().numpy()
         part = path.with_suffix(".part.npy")
@@ -86,7 +87,7 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 32) -> None:
+def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 18_000, batch: int = 16) -> None:
     """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships."""
     data, captions = latents(work, vae, device)
     words, parts = _models(captions)

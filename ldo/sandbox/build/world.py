@@ -23,6 +23,7 @@ from ldo.sandbox.build.pool import SIZE, pool
 from ldo.world_model import WorldModel, layer_norm
 
 CLIPS = 50_000
+RECONSTRUCTED = 20_000  # of them, also as the VAE gives them back
 CHANGED = 0.3  # a token has changed when it differs from the last one seen there by so much on average
 CONFIG = dict(
     patch_size=8,
@@ -61,7 +62,7 @@ def _weather(x: Tensor, rng: torch.Generator) -> Tensor:
     return (x + 0.03 * torch.rand(b, 1, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)).clamp(0, 1)
 
 
-def train_encoder(work: Path, device: str, deadline: float, steps: int = 6000, batch: int = 32) -> None:
+def train_encoder(work: Path, device: str, deadline: float, steps: int = 4400, batch: int = 32) -> None:
     """Phase 1: forecast the averaged encoder's normed features from 2-12 frames, and decode pixels linearly."""
     torch.manual_seed(1)
     model = _model(96, 4).to(device)
@@ -101,7 +102,7 @@ def train_encoder(work: Path, device: str, deadline: float, steps: int = 6000, b
     fit(work / "world-encoder.pt", modules, optimizer, step, steps, deadline, lr=1e-3)
 
 
-def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 10000, batch: int = 64) -> None:
+def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 5500, batch: int = 32) -> None:
     """Phase 2: a predictor of 128 x 6 alone, on the frozen encoder, from 4, 8 and 12 frames in turn."""
     torch.manual_seed(2)
     model = _model(128, 6)
@@ -110,7 +111,7 @@ def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, st
     world = WorldModel(model).to(device)
     model.predictor.requires_grad_(True)
     raw, _ = pool(work, "valid", CLIPS)
-    seen_through = reconstructed(work, vae, raw, device)
+    seen_through = reconstructed(work, vae, raw[:RECONSTRUCTED], device)
     optimizer = torch.optim.AdamW(model.predictor.parameters(), lr=1e-3, weight_decay=0.02, betas=(0.9, 0.98))
 
     def step(i: int) -> dict[str, float]:
