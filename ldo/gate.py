@@ -116,7 +116,7 @@ def own_samples(world: WorldModel, config: Critic, videos: Tensor, prompts: list
     with Bar("gate: own samples", len(prompts)) as bar:
         for group, prompt in zip(videos, prompts, strict=True):
             rewards.append(critic.score(world, group, config).reward.cpu().numpy())
-            severities.append([severity(measure(v.cpu().numpy(), prompt)) for v in group])
+            severities.append([severity(measure(v.cpu().numpy(), prompt), prompt.kind) for v in group])
             bar.advance()
     return within_prompt(np.array(rewards), np.array(severities))
 

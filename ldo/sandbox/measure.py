@@ -10,8 +10,8 @@
     stillness      1 where a scene that should move covers less than half the least way the simulator ever does
 
 Each is 0 for a perfect clip. What cannot be measured (a ball is never seen) takes its largest value: a violation.
-A clip *violates* when any of them passes its threshold: the 99th percentile of VAE-reconstructed valid clips,
-frozen in ``thresholds.json`` before anything else was trained.
+A clip *violates* when any of them passes its threshold: a high quantile of VAE-reconstructed valid clips of the same
+kind of scene, frozen in ``thresholds.json`` before anything else was trained.
 
 Shapes: T frames, N balls.
 """
@@ -58,7 +58,7 @@ class Measured:
 
 @cache
 def thresholds() -> dict:
-    """The frozen thresholds: ``{"thresholds": {metric: value}, "least_path": {kind: box widths}, ...}``."""
+    """The frozen thresholds: ``{"thresholds": {kind: {metric: value}}, "least_path": {kind: box widths}, ...}``."""
     return json.loads(THRESHOLDS.read_text())
 
 
@@ -240,7 +240,7 @@ def measure(frames: np.ndarray, prompt: Prompt, limits: dict | None = None) -> M
         colour_error=float(colour.max()),
         stillness=float(path < 0.5 * least),
     )
-    bound = limits.get("thresholds", {})
+    bound = limits.get("thresholds", {}).get(prompt.kind, {})
     broken = tuple(k for k in METRICS if k in bound and values[k] > bound[k])
     starts = {
         "missing": absent.any(1),
@@ -261,7 +261,7 @@ def trajectory_error(frames: np.ndarray, clip: Track) -> tuple[float, float]:
     return float(np.sqrt(np.nanmean((gap**2).sum(-1)))), float(np.sqrt(np.nanmean((np.diff(gap, axis=0) ** 2).sum(-1))))
 
 
-def severity(found: Measured, limits: dict | None = None) -> float:
-    """How broken a clip is: every metric in units of its threshold, capped at 10 units, summed."""
-    bound = (thresholds() if limits is None else limits)["thresholds"]
+def severity(found: Measured, kind: str, limits: dict | None = None) -> float:
+    """How broken a clip of some kind of scene is: every metric in units of its threshold, capped at 10 units, summed."""
+    bound = (thresholds() if limits is None else limits)["thresholds"][kind]
     return float(sum(min(getattr(found, k) / max(bound[k], 0.02), 10.0) for k in METRICS))

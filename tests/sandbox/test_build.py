@@ -60,7 +60,7 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CLIPS", 24)
     monkeypatch.setattr(base, "ENCODED", 16)
     monkeypatch.setattr(world, "RECONSTRUCTED", 8)
-    for name, value in (("CLIPS", 24), ("CHECKED", 3), ("BROKEN", 1)):
+    for name, value in (("CLIPS", 3), ("CHECKED", 3), ("BROKEN", 1)):
         monkeypatch.setattr(calibrate, name, value)
     work, forever = tmp_path / "work", float("inf")
     work.mkdir()

@@ -100,8 +100,7 @@ def test_first_wrong_frame_is_near_the_event(violation):
     ],
 )
 def test_each_violation_shows_in_the_metric_that_names_it(violation, metric):
-    limit = thresholds()["thresholds"][metric]
-    assert np.mean([getattr(measured(c), metric) > limit for c in broken(violation)]) > 0.5
+    assert np.mean([metric in measured(c).violations for c in broken(violation)]) > 0.5
 
 
 def test_empty_clip_violates_by_all_that_cannot_be_measured():
@@ -118,15 +117,16 @@ def test_a_still_clip_of_a_moving_scene_violates():
 
 
 def test_severity_orders_sound_and_broken():
-    fine = np.mean([severity(measured(c)) for c in sound("bounce")])
-    bad = np.mean([severity(measured(c)) for c in broken("vanish")])
+    fine = np.mean([severity(measured(c), "bounce") for c in sound("bounce")])
+    bad = np.mean([severity(measured(c), c.scene.kind) for c in broken("vanish")])
     assert fine < 2 < 5 < bad
 
 
 def test_frozen_thresholds_hold_what_they_promise():
     """The file is made by the build, on clips other than those that set the thresholds."""
     found = thresholds()
-    assert found["clips"] >= 1000 and set(found["thresholds"]) == set(METRICS) and set(found["detected"]) == set(corrupt.KINDS)
+    assert found["clips"] >= 500 and found["quantile"] >= 0.99 and set(found["detected"]) == set(corrupt.KINDS)
+    assert set(found["thresholds"]) == set(KINDS) and all(set(v) == set(METRICS) for v in found["thresholds"].values())
     assert found["false_alarms"] <= 0.05
     assert min(found["detected"].values()) >= 0.95
 
