@@ -10,8 +10,8 @@
     stillness      1 where a scene that should move covers less than half the least way the simulator ever does
 
 Each is 0 for a perfect clip. What cannot be measured (a ball is never seen) takes its largest value: a violation.
-A clip *violates* when any of them passes its threshold: a high quantile of VAE-reconstructed valid clips of the same
-kind of scene, frozen in ``thresholds.json`` before anything else was trained.
+A clip *violates* when any of them passes its threshold: the 99th percentile of VAE-reconstructed valid clips of the
+same kind of scene, frozen in ``thresholds.json`` before anything else was trained.
 
 Shapes: T frames, N balls.
 """

@@ -102,7 +102,7 @@ def train_encoder(work: Path, device: str, deadline: float, steps: int = 4400, b
     fit(work / "world-encoder.pt", modules, optimizer, step, steps, deadline, lr=1e-3)
 
 
-def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 5500, batch: int = 32) -> None:
+def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 3000, batch: int = 32) -> None:
     """Phase 2: a predictor of 128 x 6 alone, on the frozen encoder, from 4, 8 and 12 frames in turn."""
     torch.manual_seed(2)
     model = _model(128, 6)
