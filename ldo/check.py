@@ -155,6 +155,14 @@ def _world_model(r: Recipe) -> str:
     return str(folder)
 
 
+def check_processes(recipe: Recipe, count: int) -> None:
+    """RecipeError where the work of a step does not divide evenly among ``count`` processes."""
+    sizes = {"align.batch": recipe.align.batch, "rl.prompts / rl.minibatches": recipe.rl.prompts // recipe.rl.minibatches}
+    for key, value in sizes.items():
+        if value % count:
+            raise RecipeError(f"{key} is {value}; with {count} processes it must be a multiple of {count}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldo.check", description="Check a recipe without loading a model.")
     parser.add_argument("recipe", nargs="?", default="recipes/sandbox.yaml")

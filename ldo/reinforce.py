@@ -262,7 +262,7 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
                 far = float((loss.ratio.detach() - 1).abs().mean())
                 figures = {"policy_loss": loss.policy, "kl": loss.divergence, "clipped": loss.clipped, "ratio_off": far}
                 for key, value in figures.items():
-                    sums[key] = sums.get(key, 0.0) + float(value) / (parts * rl.minibatches * rl.epochs)
+                    sums[key] = sums.get(key, 0.0) + float(torch.as_tensor(value).detach()) / (parts * rl.minibatches * rl.epochs)
             if aligner is not None:
                 extra_losses(run, aligner, (update * rl.epochs + epoch) * rl.minibatches + number)
             where = f"update {update}, groups {groups}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldo import data, generator, lora
 from ldo.check import Checked
-from ldo.config import Recipe, RecipeError
+from ldo.config import Recipe
 from ldo.distributed import World, barrier
 from ldo.generator import Generator
 from ldo.progress import batches
@@ -97,10 +97,6 @@ def load(checked: Checked, world: World) -> Run:
     """Load the models and put a fresh adapter on the generator."""
     quiet()
     recipe = checked.recipe
-    sizes = {"align.batch": recipe.align.batch, "rl.prompts / rl.minibatches": recipe.rl.prompts // recipe.rl.minibatches}
-    for key, value in sizes.items():
-        if value % world.size:
-            raise RecipeError(f"{key} is {value}; with {world.size} processes it must be a multiple of {world.size}")
     prompts = checked.prompts
     if prompts is None:
         path = Path(recipe.out) / "sandbox-data" / f"prompts-{recipe.data.prompt_count}-{recipe.seed}.jsonl"

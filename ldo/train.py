@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ldo.check import Checked, check
+from ldo.check import Checked, check, check_processes
 from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError, flat, read, to_dict
 from ldo.distributed import World, barrier, join, leave
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         world = join(recipe.device)
+        check_processes(recipe, world.size)
         claim(recipe, world)
         if world.first:
             print(f"run: {recipe.run}  ({', '.join(recipe.stages)}) on {world.size} x {world.device.type}", flush=True)

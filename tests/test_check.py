@@ -8,7 +8,9 @@ import pytest
 
 import recipes
 from ldo import data, train
+from ldo.check import check_processes
 from ldo.check import main as check_main
+from ldo.config import Align, Recipe, RecipeError, Reinforce
 
 
 @pytest.fixture
@@ -143,3 +145,12 @@ def test_check_loads_no_model_library(recipe):
     code = "import sys, ldo.train; from ldo.check import main; main(sys.argv[1:]); print({'diffusers', 'transformers', 'peft'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code, recipe()], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("set()"), out
+
+
+@pytest.mark.parametrize(
+    ("key", "change"), [("align.batch", {"align": Align(batch=3)}), ("rl.prompts / rl.minibatches", {"rl": Reinforce(prompts=2)})]
+)
+def test_work_must_divide_among_processes(key, change):
+    with pytest.raises(RecipeError, match=f"{key} is .* with 2 processes it must be a multiple of 2"):
+        check_processes(Recipe(**change), 2)
+    check_processes(Recipe(**change), 1)

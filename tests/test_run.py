@@ -1,12 +1,7 @@
-"""Loading a run: prompts, embeddings made once, sizes that processes can share."""
+"""Loading a run: prompts, embeddings made once."""
 
 import pytest
 import torch
-
-from ldo import run as runs
-from ldo.check import check
-from ldo.config import RecipeError
-from ldo.distributed import World
 
 
 def test_texts_are_embedded_once_and_as_the_pipeline_does(open_run, monkeypatch):
@@ -28,10 +23,3 @@ def test_adapter_starts_as_the_base(open_run):
 def test_sandbox_prompts_move_and_have_what_metrics_need(open_run):
     lines = open_run().prompts
     assert len(lines) == 8 and all(line.extra["kind"] != "stack" and line.extra["path_length"] > 0 for line in lines)
-
-
-@pytest.mark.parametrize(("key", "change"), [("align.batch", {"align__batch": 3}), ("rl.prompts / rl.minibatches", {"rl__prompts": 2})])
-def test_work_must_divide_among_processes(open_run, key, change):
-    recipe = open_run(**change).recipe
-    with pytest.raises(RecipeError, match=f"{key} is .* with 2 processes it must be a multiple of 2"):
-        runs.load(check(recipe), World(0, 2))

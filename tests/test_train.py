@@ -102,7 +102,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(whole, recipe):
 
 
 def test_two_processes_train_what_one_does(whole, recipe):
-    extra = ["name=pair", "stages=[sft,align,reinforce]"]
+    extra = ["name=pair", "stages=[sft,align,reinforce]", "rl.prompts=4"]
     subprocess.run(command(recipe, *extra, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
     assert main([str(recipe), "name=alone", *extra[1:]]) == 0
     pair, alone = whole.with_name("pair"), whole.with_name("alone")

@@ -162,7 +162,7 @@ def observe(frames: np.ndarray, prompt: Prompt) -> Observed:
         a = np.median(area[clear, i]) if clear.any() else 0.0
         full[i] = a if RADII[0] < np.sqrt(a / np.pi) / size < RADII[1] else 0.0
     hidden = touching & (area < 0.9 * full)
-    position[hidden | (area < 0.25 * np.maximum(full, 1))] = np.nan
+    position[hidden | (full == 0) | (area < 0.25 * np.maximum(full, 1))] = np.nan
     pieces = np.array([[(p > 0.3 * max(full[i], 1)).sum() for i, p in enumerate(row)] for row in parts])
     unprompted = [c for c in range(len(PALETTE)) if c not in prompt.colours]
     odd = np.where(rest > 0.25, 1.0, 0.0) * (cover.max(1) <= SEEN) + (cover[:, unprompted] * (cover[:, unprompted] > SEEN)).sum(1)
