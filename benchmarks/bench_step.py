@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ldo import align, critic, data, reinforce, run
+from ldo import align, critic, data, lora, reinforce, run
 from ldo.check import check
 from ldo.config import read
 from ldo.distributed import join
@@ -59,13 +59,17 @@ def parts(here: run.Run) -> dict[str, Callable[[], object]]:
         (flow_loss + pda).backward()
         optimizer.zero_grad()
 
+    def stage2() -> None:
+        lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
+        reinforce.learn(here, rollout, 1, optimizer, here.fresh)
+
     return {
         f"flow loss, {len(rows)} clips": lambda: stage1(False),
         f"flow loss and alignment, {len(rows)} clips": lambda: stage1(True),
         f"decoding, {len(latents)} clips": lambda: decode(here.generator, latents, rl.group_size),
         f"critic, {len(latents)} clips": lambda: critic.score(here.judge, frames, recipe.critic),
         f"whole rollout, {len(latents)} clips": lambda: reinforce.collect(here, 1, here.fresh),
-        f"update, {len(latents)} clips": lambda: reinforce.learn(here, rollout, 1, optimizer, here.fresh),
+        f"update, {len(latents)} clips": stage2,
     }
 
 
@@ -77,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = read(args.recipe, [*args.overrides, f"out={folder}", "data.clips=64", "rl.lr=0"])
+        recipe = read(args.recipe, [*args.overrides, f"out={folder}", "data.clips=64"])
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         here = run.load(check(recipe), join(recipe.device))
