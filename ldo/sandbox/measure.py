@@ -262,6 +262,6 @@ def trajectory_error(frames: np.ndarray, clip: Track) -> tuple[float, float]:
 
 
 def severity(found: Measured, kind: str, limits: dict | None = None) -> float:
-    """How broken a clip of some kind of scene is: every metric in units of its threshold, capped at 10 units, summed."""
+    """How broken a clip of some kind of scene is: every metric x in units of its threshold, as log(1 + x), summed."""
     bound = (thresholds() if limits is None else limits)["thresholds"][kind]
-    return float(sum(min(getattr(found, k) / max(bound[k], 0.02), 10.0) for k in METRICS))
+    return float(sum(np.log1p(getattr(found, k) / max(bound[k], 0.02)) for k in METRICS))
