@@ -256,7 +256,7 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
             parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times)
             for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, old, reference):
                 if epoch == number == 0 and not (loss.ratio == 1).all():
-                    worst = float((loss.ratio - 1).abs().max())
+                    worst = float((loss.ratio.detach() - 1).abs().max())
                     raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
                 (loss.total / parts).backward()
                 far = float((loss.ratio.detach() - 1).abs().mean())

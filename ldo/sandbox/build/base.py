@@ -72,7 +72,7 @@ def latents(work: Path, vae: AutoencoderKLWan, device: str) -> tuple[np.ndarray,
         out = np.zeros((ENCODED, 8, 5, 8, 8), np.float16)
         with torch.no_grad():
             for i in progress(range(0, ENCODED, 50), "latents"):
-                x = (torch.from_numpy(frames[i : i + 50]).to(device).float() / 127.5 - 1).transpose(1, 2)
+                x = (torch.from_numpy(np.array(frames[i : min(i + 50, ENCODED)])).to(device).float() / 127.5 - 1).transpose(1, 2)
                 out[i : i + 50] = ((vae.encode(x).latent_dist.mean - mean) / std).half().cpu().numpy()
         part = path.with_suffix(".part.npy")
         np.save(part, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -87,7 +88,7 @@ def load(work: Path) -> AutoencoderKLWan:
     vae.half().float()
     frames, _ = pool(work, "mix", CLIPS)
     with torch.no_grad():
-        x = (torch.from_numpy(frames[:512]).float() / 127.5 - 1).transpose(1, 2)
+        x = (torch.from_numpy(np.array(frames[:512])).float() / 127.5 - 1).transpose(1, 2)
         z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
     dims = (0, 2, 3, 4)
     vae.register_to_config(latents_mean=z.mean(dims).tolist(), latents_std=z.std(dims).tolist())
