@@ -90,8 +90,8 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
     penalties, weights, names = critic.guards(frames, before, recipe.critic)
     rewards = torch.cat([scored[:, :1], penalties], 1)
     ids = torch.tensor(groups, device=device).repeat_interleave(rl.group_size)
-    ratio = critic.motion(frames) / critic.motion(before).clamp_min(1e-6)
-    figures_local = torch.cat([ids[:, None].float(), rewards, scored[:, 1:], ratio[:, None]], 1)
+    moved = torch.stack([critic.motion(frames), critic.motion(before)], 1)
+    figures_local = torch.cat([ids[:, None].float(), rewards, scored[:, 1:], moved], 1)
     # groups are whole on a rank; gathering rewards alone makes statistics independent of how many ranks there are
     everyone = gather(figures_local, run.world)
     everyone = everyone[everyone[:, 0].argsort(stable=True)]
@@ -104,7 +104,7 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
         "reward_std": float(stats.std[:, 0].mean()),
         "reward_skill": float(everyone[:, 2 + len(names)].mean()),
         "reward_plain": float(everyone[:, 3 + len(names)].mean()),
-        "motion_ratio": float(everyone[:, -1].mean()),
+        "motion_ratio": float(everyone[:, -2].sum() / everyone[:, -1].sum().clamp_min(1e-6)),
         "zero_variance_groups": int(stats.zero_variance[:, 0].sum()),
         **{f"guard_{n}": float(all_rewards[:, 1 + i].mean()) for i, n in enumerate(names)},
     }
