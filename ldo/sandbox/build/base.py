@@ -87,7 +87,7 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 16) -> None:
+def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 20_000, batch: int = 16) -> None:
     """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships."""
     data, captions = latents(work, vae, device)
     words, parts = _models(captions)
