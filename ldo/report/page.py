@@ -119,7 +119,7 @@ def _videos(run: Path, stages: dict[str, dict]) -> str:
     return (
         f"<h2>Side by side</h2><p>The first {len(prompts)} evaluation prompts, first seed, not selected. A red frame appears where the exact metrics "
         f"first find something wrong. {' '.join(tally)}</p>{style}"
-        f'<div class=videos style="grid-template-columns:minmax(110px,1fr) repeat({len(arms)},128px)">{"".join(cells)}</div>'
+        f'<div class=videos style="grid-template-columns:minmax(110px,260px) repeat({len(arms)},128px)">{"".join(cells)}</div>'
     )
 
 
