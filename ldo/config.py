@@ -93,6 +93,8 @@ class Critic:
     stride: int = 8
     contexts: tuple[int, ...] = (4, 8)
     horizon: int = 0  # tubelets looked ahead; 0 looks to the end of the window
+    plain_weight: float = 0.0  # of the plain reward, added to skill: skill alone favours motion, plain alone stillness
+    plain_horizon: int = 0  # tubelets the plain reward looks ahead; 0 takes ``horizon``
     metric: Literal["cosine", "l1", "l2"] = "cosine"
     aggregation: Literal["mean", "top"] = "mean"  # over a window's tokens: all, or the ``top`` most surprising share
     top: float = 0.1
@@ -100,6 +102,7 @@ class Critic:
     kappa: float = 0.02  # floor of the persistence error, for scenes at rest
     fps: float = 0.0  # resample clips to this rate before scoring; 0 keeps their own
     motion_floor: float = 0.5  # guard: least share of the stage-1 model's motion on the same prompt
+    motion_ceiling: float = 2.0  # guard: greatest share of it; restless videos are as easy a way to a reward as still ones
     motion_weight: float = 0.5
     sharpness_floor: float = 0.8  # guard: least share of the stage-1 model's sharpness
     sharpness_weight: float = 0.5

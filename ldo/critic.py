@@ -54,7 +54,7 @@ def score(world: WorldModel, frames_BTCHW: Tensor, config: Critic, fps: float = 
     for name, values in (("skill", skill), ("plain", plain)):
         if not torch.isfinite(values).all():
             raise RuntimeError(f"critic: the {name} reward of clip {int((~torch.isfinite(values)).nonzero()[0])} is not finite")
-    return Score(skill if config.reward == "skill" else plain, skill, plain)
+    return Score(skill + config.plain_weight * plain if config.reward == "skill" else plain, skill, plain)
 
 
 def _one_way(world: WorldModel, x: Tensor, config: Critic) -> tuple[Tensor, Tensor]:
@@ -67,14 +67,14 @@ def _one_way(world: WorldModel, x: Tensor, config: Critic) -> tuple[Tensor, Tens
     skills, plains = [], []
     for context in config.contexts:
         seen, foretold = world.forecast(windows, context)
-        z, known = foretold.x_BND, context // tubelet * area
-        goal = h[:, known:]
-        if config.horizon:
-            z, goal = z[:, : config.horizon * area], goal[:, : config.horizon * area]
+        known = context // tubelet * area
+        end = config.horizon * area or None
+        z, goal = foretold.x_BND[:, :end], h[:, known:][:, :end]
         last = seen.x_BND[:, -area:].repeat(1, goal.shape[1] // area, 1)
         s, c = _residual(z, goal, config), _residual(last, goal, config)  # [W B]
         skills.append(((c - s) / (c + config.kappa)).clamp(-1, 1))
-        plains.append(-s)
+        near = config.plain_horizon * area or end
+        plains.append(-_residual(foretold.x_BND[:, :near], h[:, known:][:, :near], config) if near != end else -s)
     skill, plain = (torch.stack(v).unflatten(1, (len(starts), b)).flatten(0, 1) for v in (skills, plains))  # [K W, B]
     if config.windows == "worst":
         return skill.min(0).values, plain.min(0).values
@@ -117,7 +117,9 @@ def guards(frames_BTCHW: Tensor, reference_BTCHW: Tensor, config: Critic) -> tup
         return -(1 - values / (share * reference).clamp_min(1e-6)).clamp_min(0)
 
     if config.motion_weight:
-        columns.append(("motion", config.motion_weight, floor(motion(frames_BTCHW), motion(reference_BTCHW), config.motion_floor)))
+        now, before = motion(frames_BTCHW), motion(reference_BTCHW)
+        above = -(now / (config.motion_ceiling * before).clamp_min(1e-6) - 1).clamp_min(0)
+        columns.append(("motion", config.motion_weight, floor(now, before, config.motion_floor) + above))
     if config.sharpness_weight:
         value = floor(sharpness(frames_BTCHW), sharpness(reference_BTCHW), config.sharpness_floor)
         columns.append(("sharpness", config.sharpness_weight, value))

@@ -70,6 +70,16 @@ def test_top_share_and_horizon(judge, frames):
     assert torch.allclose(near, -token[:, :16].mean(1), atol=1e-4)
 
 
+def test_plain_beside_skill_with_a_horizon_of_its_own(judge, frames):
+    alone = critic.score(judge, frames, BASE)
+    near = critic.score(judge, frames, replace(BASE, horizon=1))
+    mixed = critic.score(judge, frames, replace(BASE, plain_weight=3.0, plain_horizon=1))
+    assert torch.equal(mixed.skill, alone.skill) and torch.equal(mixed.plain, near.plain)
+    assert not torch.equal(near.plain, alone.plain)
+    assert torch.allclose(mixed.reward, alone.skill + 3 * near.plain)
+    assert torch.equal(critic.score(judge, frames, replace(BASE, horizon=1, plain_horizon=1)).plain, near.plain)
+
+
 def test_static_clip_earns_at_most_nothing(judge, frames):
     still = frames[:, :1].expand(-1, 17, -1, -1, -1)
     c_is_small = critic.score(judge, still, replace(BASE, direction="forward"))
@@ -100,6 +110,17 @@ def test_guards_punish_only_below_the_floor(frames):
     assert (penalties[2:4, 0] == -1).all()  # no motion at all
     assert (penalties[4:, 1] < -0.1).all()
     assert (penalties[4:, 2] < 0).all() and (penalties[2:4, 2] == 0).all()
+
+
+def test_motion_guard_punishes_unrest_too(frames):
+    config = Critic(motion_floor=0.5, motion_ceiling=1.5, sharpness_weight=0)
+    slow = frames[:, :1] + 0.3 * (frames - frames[:, :1])
+    fast = frames[:, :1] + 3 * (frames - frames[:, :1])
+    penalties, _, names = critic.guards(torch.cat([slow, frames, fast]), frames.repeat(3, 1, 1, 1, 1), config)
+    assert names == ["motion"]
+    assert torch.allclose(penalties[:2], torch.tensor(0.3 / 0.5 - 1), atol=1e-5)
+    assert (penalties[2:4] == 0).all()
+    assert torch.allclose(penalties[4:], torch.tensor(1 - 3 / 1.5), atol=1e-5)
 
 
 def test_no_guards(frames):

@@ -64,7 +64,7 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
         monkeypatch.setattr(calibrate, name, value)
     work, forever = tmp_path / "work", float("inf")
     work.mkdir()
-    vae.train(work, "cpu", forever, steps=2, fine=1, batch=2)
+    vae.train(work, "cpu", forever, steps=2, fine=1, colour=1, batch=2)
     limits = calibrate.thresholds(vae.load(work))
     assert limits["vae"] == calibrate.fingerprint(vae.load(work)) and json.dumps(limits)
     world.train_encoder(work, "cpu", forever, steps=2, batch=2)

@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, resumable")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the base generator's training; needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--generator", type=Path, default=GENERATOR)
     parser.add_argument("--world-model", type=Path, default=WORLD_MODEL)
@@ -60,7 +61,7 @@ def main() -> int:
             elif part == "predictor":
                 world.train_predictor(args.work, args.device, deadline, vae.load(args.work))
             elif part == "base":
-                base.train(args.work, args.device, deadline, vae.load(args.work))
+                base.train(args.work, args.device, deadline, vae.load(args.work), fast=args.compile)
             else:
                 save(args.work, args.generator, args.world_model)
     except OutOfTime:

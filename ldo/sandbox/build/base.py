@@ -87,15 +87,19 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 20_000, batch: int = 16) -> None:
-    """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships."""
+def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 16, fast: bool = False) -> None:
+    """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships.
+
+    ``fast`` compiles the transformer: a sixth less time on a CPU, after a minute of compiling.
+    """
     data, captions = latents(work, vae, device)
     words, parts = _models(captions)
     parts = {k: v.to(device) for k, v in parts.items()}
     tokens = words([*captions, ""], padding="max_length", max_length=LENGTH, return_tensors="pt")
     ids, mask = tokens.input_ids, tokens.attention_mask
     trained = [*parts["transformer"].parameters(), *parts["text"].parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    predict = torch.compile(parts["transformer"]) if fast else parts["transformer"]
 
     def step(i: int) -> dict[str, float]:
         rng = torch_rng(3, "base", i)
@@ -107,7 +111,7 @@ def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps
         texts = torch.where(torch.rand(batch, generator=rng) < 0.1, len(captions), rows)
         text = embed(parts["text"], ids[texts].to(device), mask[texts].to(device))
         at = t.view(-1, 1, 1, 1, 1)
-        v = parts["transformer"]((1 - at) * x0 + at * noise, t * 1000, text, return_dict=False)[0]
+        v = predict((1 - at) * x0 + at * noise, t * 1000, text, return_dict=False)[0]
         loss = (v - (noise - x0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -116,8 +120,7 @@ def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps
         keep = min(0.9995, (1 + i) / (10 + i))
         with torch.no_grad():
             for name in ("transformer", "text"):
-                for a, b in zip(parts[f"average_{name}"].parameters(), parts[name].parameters(), strict=True):
-                    a.lerp_(b, 1 - keep)
+                torch._foreach_lerp_([*parts[f"average_{name}"].parameters()], [*parts[name].parameters()], 1 - keep)
         return {"loss": loss.item()}
 
     fit(work / "base.pt", parts, optimizer, step, steps, deadline, lr=1e-3)
