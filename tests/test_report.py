@@ -60,6 +60,22 @@ def test_verdict_says_what_the_interval_says(folder, rate, words):
     assert stages[1]["metrics"]["violation_rate"]["mean"] == rate
 
 
+def test_verdict_names_what_else_moved(folder):
+    (folder / "eval").mkdir()
+    found = summary(0.39)
+    found["metrics"]["base"] |= {"existence": interval(0.6), "law_residual": interval(1.0)}
+    found["metrics"]["ldo"] |= {"existence": interval(0.8), "law_residual": interval(1.01)}
+    found["paired"]["ldo"] |= {"existence": interval(0.2), "law_residual": interval(0.01)}
+    (folder / "eval" / "summary.json").write_text(json.dumps(found))
+    head, _, rest = report.write(folder).read_text().partition("<h2>")
+    assert "existence <b class='good'>+0.200</b> [+0.180, +0.220]" in head and "law residual" not in head
+    assert "<small class='good'>+0.200 [+0.180, +0.220]</small>" in rest and "<small class=''>+0.010 [-0.010, +0.030]</small>" in rest
+    found["paired"]["ldo"] |= {"existence": interval(-0.2), "law_residual": interval(-0.2)}
+    (folder / "eval" / "summary.json").write_text(json.dumps(found))
+    head = report.write(folder).read_text().partition("<h2>")[0]
+    assert "existence <b class='bad'>-0.200</b>" in head and "law residual <b class='good'>-0.200</b>" in head
+
+
 def test_page_escapes_what_comes_from_outside(folder):
     config = yaml.safe_load((folder / "recipe.yaml").read_text())
     config["model"]["path"] = "<script>x</script>"

@@ -24,8 +24,8 @@ LABELS = {
     "law_residual": ("law residual", "worst |a − g| / g of free flight, 0–10; less is better"),
     "teleport_rate": ("teleport rate", "share of steps that jump; less is better"),
     "motion_ratio": ("motion ratio", "way travelled over the simulator's for the same prompts; 1 is right"),
-    "reward_skill": ("skill reward", "what stage 2 optimises"),
-    "reward_plain": ("plain reward", "minus surprise, never trained on"),
+    "reward_skill": ("skill reward", "how much better V-JEPA foretells it than stillness; −2 to 2"),
+    "reward_plain": ("plain reward", "minus V-JEPA's surprise"),
 }
 REASONS = {
     "missing": "a ball is missing or doubled",
@@ -37,13 +37,29 @@ REASONS = {
     "stillness": "no motion",
 }
 
+BETTER = {"violation_rate": -1, "existence": 1, "law_residual": -1, "teleport_rate": -1, "motion_ratio": 0, "reward_skill": 1, "reward_plain": 1}
+
 CSS = Path(__file__).with_name("style.css").read_text()
 
 
-def _figure(value: dict | None, digits: int = 3) -> str:
+def _clear(change: dict) -> bool:
+    """Does the interval of a difference leave out zero?"""
+    return change["low"] > 0 or change["high"] < 0
+
+
+def _colour(key: str, change: dict) -> str:
+    return {1: "good", -1: "bad"}.get(BETTER[key] * (1 if change["mean"] > 0 else -1), "")
+
+
+def _cell(key: str, stage: dict) -> str:
+    value, change = stage["metrics"].get(key), (stage.get("minus_base") or {}).get(key)
     if value is None:
-        return "–"
-    return f"{value['mean']:.{digits}f}<small>{value['low']:.{digits}f} … {value['high']:.{digits}f}</small>"
+        return "<td>–</td>"
+    text = f"{value['mean']:.3f}<small>{value['low']:.3f} … {value['high']:.3f}</small>"
+    if change is not None:
+        kind = _colour(key, change) if _clear(change) else ""
+        text += f"<small class='{kind}'>{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]</small>"
+    return f"<td>{text}</td>"
 
 
 def _verdict(stages: dict[str, dict]) -> str:
@@ -57,10 +73,13 @@ def _verdict(stages: dict[str, dict]) -> str:
         words = "<b class=bad>more</b> videos break physics, beyond the 95% interval"
     else:
         words = "the change is <b>within the 95% interval</b>: no effect is shown"
+    moved = {k: c for k, c in stages["ldo"]["minus_base"].items() if k in BETTER and k != "violation_rate" and _clear(c)}
+    parts = ", ".join(f"{LABELS[k][0]} <b class='{_colour(k, c)}'>{c['mean']:+.3f}</b> [{c['low']:+.3f}, {c['high']:+.3f}]" for k, c in moved.items())
+    also = f"Of the other metrics these moved beyond their interval: {parts}. " if parts else "No other metric moved beyond its interval. "
     return (
         f"LDO: {ldo['violation_rate']['mean']:.1%} of videos violate an exact law, base: {base['violation_rate']['mean']:.1%}. "
         f"Paired difference {change['mean'] * 100:+.1f} points [{change['low'] * 100:+.1f}, {change['high'] * 100:+.1f}]: {words}. "
-        f"Motion ratio {ldo['motion_ratio']['mean']:.2f} (base {base['motion_ratio']['mean']:.2f})."
+        f"{also}Motion ratio {ldo['motion_ratio']['mean']:.2f} (base {base['motion_ratio']['mean']:.2f})."
     )
 
 
@@ -70,18 +89,14 @@ def _metrics(stages: dict[str, dict]) -> str:
     head = "".join(f"<th>{s}</th>" for s in stages)
     rows = []
     for key, (label, note) in LABELS.items():
-        cells = "".join(f"<td>{_figure(s['metrics'].get(key))}</td>" for s in stages.values())
+        cells = "".join(_cell(key, s) for s in stages.values())
         rows.append(f"<tr><td>{label}<small>{note}</small></td>{cells}</tr>")
-    for name in [s for s in stages if s != "base"]:
-        change = stages[name]["minus_base"]["violation_rate"] if "violation_rate" in stages[name]["metrics"] else None
-        stages[name]["line"] = _figure(change)
-    cells = "".join(f"<td>{s.get('line', '–')}</td>" for s in stages.values())
-    rows.append(f"<tr><td>violation rate minus base<small>paired over prompts and seeds</small></td>{cells}</tr>")
     count = next(iter(stages.values()))["n_videos"]
     arms = " · ".join(f"<b>{s}</b> {ARMS.get(s, '')}" for s in stages)
     return (
-        f"<h2>Metrics</h2><p>{count} videos an arm, the same prompts and seeds, sampled by the stock pipeline. Below each mean its 95% interval "
-        f"(paired bootstrap).<br>{arms}</p><div class=scroll><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+        f"<h2>Metrics</h2><p>{count} videos an arm, the same prompts and seeds, sampled by the stock pipeline. Below each mean its 95% interval, "
+        f"and the difference from the base with its own (bootstrap, paired over prompts and seeds; coloured where it leaves out zero).<br>{arms}</p>"
+        f"<div class='scroll metrics'><table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
     )
 
 
@@ -165,7 +180,7 @@ def _curves(logs: dict[str, list[dict]]) -> str:
         line_chart("Stage 2: skill reward", {"reward": smooth(series("reinforce", "reward_skill"), 5)}, "mean of 5 updates"),
         line_chart("Stage 2: violation rate of rollouts", {"violations": series("reinforce", "violation_rate")}, "exact, never trained on"),
         line_chart("Stage 2: motion", {"motion": smooth(series("reinforce", "motion_ratio"), 5)}, "over the stage-1 model's, mean of 5"),
-        line_chart("Stage 2: plain reward", {"plain": smooth(series("reinforce", "reward_plain"), 5)}, "not trained on"),
+        line_chart("Stage 2: plain reward", {"plain": smooth(series("reinforce", "reward_plain"), 5)}, "minus surprise, mean of 5 updates"),
         line_chart("Stage 2: divergence from the reference", {"kl": series("reinforce", "kl")}, "mean over dimensions"),
         line_chart("Stage 2: groups without variance", {"groups": series("reinforce", "zero_variance_groups")}, "dropped from the update"),
     ]
