@@ -67,14 +67,14 @@ def _one_way(world: WorldModel, x: Tensor, config: Critic) -> tuple[Tensor, Tens
     skills, plains = [], []
     for context in config.contexts:
         seen, foretold = world.forecast(windows, context)
-        known = context // tubelet * area
+        z, target = foretold.x_BND, h[:, context // tubelet * area :]
         end = config.horizon * area or None
-        z, goal = foretold.x_BND[:, :end], h[:, known:][:, :end]
-        last = seen.x_BND[:, -area:].repeat(1, goal.shape[1] // area, 1)
-        s, c = _residual(z, goal, config), _residual(last, goal, config)  # [W B]
-        skills.append(((c - s) / (c + config.kappa)).clamp(-1, 1))
         near = config.plain_horizon * area or end
-        plains.append(-_residual(foretold.x_BND[:, :near], h[:, known:][:, :near], config) if near != end else -s)
+        goal = target[:, :end]
+        last = seen.x_BND[:, -area:].repeat(1, goal.shape[1] // area, 1)
+        s, c = _residual(z[:, :end], goal, config), _residual(last, goal, config)  # [W B]
+        skills.append(((c - s) / (c + config.kappa)).clamp(-1, 1))
+        plains.append(-s if near == end else -_residual(z[:, :near], target[:, :near], config))
     skill, plain = (torch.stack(v).unflatten(1, (len(starts), b)).flatten(0, 1) for v in (skills, plains))  # [K W, B]
     if config.windows == "worst":
         return skill.min(0).values, plain.min(0).values

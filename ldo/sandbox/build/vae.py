@@ -86,22 +86,17 @@ def train(work: Path, device: str, deadline: float, steps: int = 6000, fine: int
         x = _batch(frames, rng, batch, 9 if i < steps * 2 // 3 else 17).to(device)
         return _step(vae, optimizer, _losses(vae, x, rng, 1.0))
 
-    def finer(i: int) -> dict[str, float]:
-        rng = torch_rng(0, "vae fine", i)
+    def finer(i: int, phase: str = "fine", colour: float = 0.0) -> dict[str, float]:
+        rng = torch_rng(0, f"vae {phase}", i)
         x = _batch(frames, rng, batch, 17).to(device)
-        return _step(vae, optimizer, _losses(vae, x, rng, _balls(x)))
-
-    def coloured(i: int) -> dict[str, float]:
-        rng = torch_rng(0, "vae colour", i)
-        x = _batch(frames, rng, batch, 17).to(device)
-        return _step(vae, optimizer, _losses(vae, x, rng, _balls(x), colour=2.0))
+        return _step(vae, optimizer, _losses(vae, x, rng, _balls(x), colour))
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     fit(work / "vae.pt", {"vae": vae}, optimizer, coarse, steps, deadline, lr=2e-3)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-4, betas=(0.9, 0.98))
     fit(work / "vae-fine.pt", {"vae": vae}, optimizer, finer, fine, deadline, lr=5e-4)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    fit(work / "vae-colour.pt", {"vae": vae}, optimizer, coloured, colour, deadline, lr=1e-3)
+    fit(work / "vae-colour.pt", {"vae": vae}, optimizer, lambda i: finer(i, "colour", 2.0), colour, deadline, lr=1e-3)
 
 
 def load(work: Path) -> AutoencoderKLWan:
