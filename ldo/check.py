@@ -65,11 +65,14 @@ def _values(r: Recipe) -> None:
     positive = (
         "data.frames data.fps data.clips data.prompt_count lora.rank lora.alpha align.steps align.batch align.lr rl.updates rl.prompts rl.epochs "
         "rl.minibatches rl.lr rl.clip rl.guard_clip rl.window_range rl.train_times rl.ema_every evaluate.count evaluate.seeds evaluate.batch "
-        "evaluate.steps gate.pairs gate.prompts gate.samples critic.kappa critic.stride teacher.stride"
+        "evaluate.steps gate.pairs gate.prompts gate.samples critic.kappa critic.stride critic.motion_ceiling teacher.stride"
     )
     for name in positive.split():
         value = attrgetter(name)(r)
         _require(value > 0, f"{name} is {value}; it must be above 0")
+    for name in ("critic.horizon", "critic.plain_horizon", "critic.plain_weight"):
+        value = attrgetter(name)(r)
+        _require(value >= 0, f"{name} is {value}; it must not be below 0")
     _require(r.save_every > 0 and r.model.text_length > 0, "save_every and model.text_length must be above 0")
     for key, value in {"teacher.block": r.teacher.block, "rl.ema": r.rl.ema, "critic.top": r.critic.top}.items():
         _require(0 <= value < 1 or (key == "critic.top" and value == 1), f"{key} is {value}; it must be in [0, 1)")

@@ -45,6 +45,8 @@ def fails(capsys, *argv):
         ("teacher.context=16", ["teacher.context", "16 frames is not shorter than the window of 16"]),
         ("critic.contexts=[4,20]", ["critic.contexts", "20"]),
         ("critic.contexts=[]", ["critic.contexts is empty"]),
+        ("critic.motion_ceiling=0", ["critic.motion_ceiling is 0", "above 0"]),
+        ("critic.plain_horizon=-1", ["critic.plain_horizon is -1", "not be below 0"]),
         ("teacher.context=7", ["teacher.context is 7", "tubelets of 2"]),
         ("critic.window=20", ["critic.window is 20", "use at most 16"]),
         ("teacher.stride=12", ["teacher.stride is 12", "never forecast"]),
