@@ -163,7 +163,7 @@ def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
             from diffusers import WanPipeline
 
             judge = judge or WorldModel.load(world_model_path, DTYPES[recipe.world_model.dtype]).to(device)
-            pipeline = WanPipeline.from_pretrained(model_path, torch_dtype=DTYPES[recipe.model.dtype]).to(device)
+            pipeline = WanPipeline.from_pretrained(model_path, dtype=DTYPES[recipe.model.dtype]).to(device)
             pipeline.set_progress_bar_config(disable=True)
             if arm != "base":
                 pipeline.load_lora_weights(recipe.run / "lora" / arm)

@@ -141,8 +141,13 @@ def reference_means(run: Run, trajectory: Trajectory, plan: Plan, text: Tensor, 
     return torch.stack(out)
 
 
-def micro_losses(run: Run, rollout: Rollout, groups: list[int], update: int, old: dict, reference: dict) -> Iterator[objectives.Loss]:
-    """The losses of some groups, one forward pass each: over stochastic steps (grpo) or drawn noise levels (nft, awm)."""
+def micro_losses(
+    run: Run, rollout: Rollout, groups: list[int], update: int, old: dict[str, Tensor] | None, reference: dict[str, Tensor]
+) -> Iterator[objectives.Loss]:
+    """The losses of some groups, one forward pass each: over stochastic steps (grpo) or drawn noise levels (nft, awm).
+
+    ``old``: the adapter values that sampled (nft, awm); None as long as they are still the present ones.
+    """
     rl, size = run.recipe.rl, run.recipe.rl.group_size
     null = run.texts([""])
     trajectory, plan = rollout.trajectory, rollout.plan
@@ -178,14 +183,16 @@ def micro_losses(run: Run, rollout: Rollout, groups: list[int], update: int, old
             noise = torch.randn(x0.shape, generator=rng).to(x0.device)
             t_B = torch.full((size,), plan.times[level], device=x0.device)
             x_t = flow.noisy(x0, noise, t_B)
+            v_old, v_ref = None, None
             with torch.no_grad():
-                with lora.swapped(run.parameters, old):
-                    v_old = run.generator.velocity(x_t, t_B, text)
-                v_ref = None
+                if old is not None:
+                    with lora.swapped(run.parameters, old):
+                        v_old = run.generator.velocity(x_t, t_B, text)
                 if rl.kl:
                     with lora.swapped(run.parameters, reference):
                         v_ref = run.generator.velocity(x_t, t_B, text)
             v = run.generator.velocity(x_t, t_B, text)
+            v_old = v.detach() if v_old is None else v_old
             if rl.objective == "nft":
                 yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
             else:
@@ -254,8 +261,9 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
     for epoch in range(rl.epochs):
         for number, groups in enumerate(minibatch_groups(run)):
             parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times)
-            for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, old, reference):
-                if epoch == number == 0 and not (loss.ratio == 1).all():
+            first = epoch == number == 0
+            for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, None if first else old, reference):
+                if first and not (loss.ratio == 1).all():
                     worst = float((loss.ratio.detach() - 1).abs().max())
                     raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
                 (loss.total / parts).backward()

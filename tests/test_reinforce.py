@@ -26,12 +26,12 @@ def test_every_sampler_and_objective_trains(open_run, objective, sampler):
 def test_ratio_is_one_before_the_first_update_and_not_after(open_run, guard):
     run = open_run(**ONLY, rl__guard=guard)
     rollout, _ = reinforce.collect(run, 0, run.fresh)
-    ratios = [loss.ratio for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh)]
+    ratios = [loss.ratio for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, None, run.fresh)]
     assert len(ratios) == 4 and all((r == 1).all() for r in ratios)
     with torch.no_grad():
         for p in run.parameters.values():
             p.add_(0.05)
-    assert all((loss.ratio != 1).any() for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh))
+    assert all((loss.ratio != 1).any() for loss in reinforce.micro_losses(run, rollout, rollout.groups, 0, None, run.fresh))
 
 
 def test_a_rollout_that_update_does_not_repeat_is_caught(open_run, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_group_without_variance_is_dropped_and_counted(open_run, monkeypatch):
     rollout, figures = reinforce.collect(run, 0, run.fresh)
     assert figures["zero_variance_groups"] == 1
     assert (rollout.advantage_N[4:] == 0).all() and (rollout.advantage_N[:4] != 0).all()
-    assert len(list(reinforce.micro_losses(run, rollout, rollout.groups, 0, {}, run.fresh))) == 2
+    assert len(list(reinforce.micro_losses(run, rollout, rollout.groups, 0, None, run.fresh))) == 2
 
 
 def test_stops_when_motion_dies(open_run, monkeypatch, capsys):

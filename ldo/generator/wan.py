@@ -55,7 +55,7 @@ class Wan:
     def load(cls, path: str | Path, dtype: torch.dtype, text_length: int) -> Wan:
         from diffusers import WanPipeline
 
-        return cls(WanPipeline.from_pretrained(path, torch_dtype=dtype), text_length)
+        return cls(WanPipeline.from_pretrained(path, dtype=dtype), text_length)
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,7 @@ def test_loop_goes_on_where_it_stopped(tmp_path):
 
         for deadline in stops:
             try:
-                fit(path, {"model": model}, optimizer, step, 12, deadline, lr=0.1, log_every=4)
+                fit(path, {"model": model}, [optimizer], step, 12, deadline, log_every=4)
             except OutOfTime:
                 model.reset_parameters()  # nothing but the file may carry over
         return model.weight.detach().clone()
@@ -69,7 +69,7 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
     assert limits["vae"] == calibrate.fingerprint(vae.load(work)) and json.dumps(limits)
     world.train_encoder(work, "cpu", forever, steps=2, batch=2)
     world.train_predictor(work, "cpu", forever, vae.load(work), steps=2, batch=2)
-    base.train(work, "cpu", forever, vae.load(work), steps=2, batch=2)
+    base.train(work, "cpu", forever, vae.load(work), steps=2, fine=2, batch=2)
     save(work, tmp_path / "wan", tmp_path / "vjepa2")
     model = generator.load("wan", tmp_path / "wan", text_length=base.LENGTH)
     assert calibrate.fingerprint(model.pipeline.vae) == limits["vae"]

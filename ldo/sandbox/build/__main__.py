@@ -1,7 +1,7 @@
 """``python -m ldo.sandbox.build``: train the sandbox's tiny models from nothing and write them in the real formats.
 
 Parts, in order: vae, thresholds, encoder, predictor, base, save. Each resumes where it stopped; ``--minutes`` ends a
-slice early. On two CPU cores the whole takes about eight hours.
+slice early. On two CPU cores the whole takes about nine hours.
 """
 
 from __future__ import annotations

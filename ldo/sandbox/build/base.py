@@ -24,6 +24,7 @@ CLIPS = 100_000
 ENCODED = 50_000  # of them, enough for the steps below
 LENGTH = 32  # tokens of a prompt
 SHIFT = 3.0
+FINE_SHIFT = 2.0  # of the second phase's training times: more of them where paths become exact
 TRANSFORMER = dict(
     patch_size=(1, 2, 2),
     num_attention_heads=4,
@@ -87,9 +88,18 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, batch: int = 16, fast: bool = False) -> None:
-    """Flow matching; one caption in ten is dropped. An exponential average is kept and is what ships.
+def _matrices(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
+    """The blocks' matrices: what Muon is made for."""
+    return [p for p in transformer.blocks.parameters() if p.ndim == 2]
 
+
+def train(
+    work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps: int = 40_000, fine: int = 10_000, batch: int = 16, fast: bool = False
+) -> None:
+    """Flow matching in two phases; one caption in ten is dropped. An exponential average is kept and is what ships.
+
+    The second phase has twice the clips in a step and Muon for the blocks' matrices, which from the same start and in
+    the same time gets further than AdamW (loss at t = .2 after five minutes from nothing: .309 against .372).
     ``fast`` compiles the transformer: a sixth less time on a CPU, after a minute of compiling.
     """
     data, captions = latents(work, vae, device)
@@ -98,39 +108,48 @@ def train(work: Path, device: str, deadline: float, vae: AutoencoderKLWan, steps
     tokens = words([*captions, ""], padding="max_length", max_length=LENGTH, return_tensors="pt")
     ids, mask = tokens.input_ids, tokens.attention_mask
     trained = [*parts["transformer"].parameters(), *parts["text"].parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     predict = torch.compile(parts["transformer"]) if fast else parts["transformer"]
 
-    def step(i: int) -> dict[str, float]:
-        rng = torch_rng(3, "base", i)
+    def step(i: int, phase: str, batch: int, optimizers: list[torch.optim.Optimizer], shift: float) -> dict[str, float]:
+        rng = torch_rng(3, phase, i)
         rows = torch.randint(len(data), (batch,), generator=rng)
         x0 = torch.from_numpy(data[rows.numpy()]).float().to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
         u = torch.rand(batch, generator=rng)
-        t = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+        t = (shift * u / (1 + (shift - 1) * u)).to(device)
         texts = torch.where(torch.rand(batch, generator=rng) < 0.1, len(captions), rows)
         text = embed(parts["text"], ids[texts].to(device), mask[texts].to(device))
         at = t.view(-1, 1, 1, 1, 1)
         v = predict((1 - at) * x0 + at * noise, t * 1000, text, return_dict=False)[0]
         loss = (v - (noise - x0)).square().mean()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         keep = min(0.9995, (1 + i) / (10 + i))
         with torch.no_grad():
             for name in ("transformer", "text"):
                 torch._foreach_lerp_([*parts[f"average_{name}"].parameters()], [*parts[name].parameters()], 1 - keep)
         return {"loss": loss.item()}
 
-    fit(work / "base.pt", parts, optimizer, step, steps, deadline, lr=1e-3)
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+    every = [adamw(trained)]
+    fit(work / "base.pt", parts, every, lambda i: step(i, "base", batch, every, SHIFT), steps, deadline)
+    matrices = _matrices(parts["transformer"])
+    rest = [p for p in trained if all(p is not m for m in matrices)]
+    both = [torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw(rest)]
+    fit(work / "base-fine.pt", parts, both, lambda i: step(i, "base fine", 2 * batch, both, FINE_SHIFT), fine, deadline)
 
 
 def pipeline(work: Path, vae: AutoencoderKLWan) -> WanPipeline:
     """The base as trained so far, as a stock pipeline."""
     _, captions = pool(work, "mix", CLIPS)
     words, parts = _models(captions)
-    state = torch.load(work / "base.pt", map_location="cpu", weights_only=True)["modules"]
+    state = torch.load(work / "base-fine.pt", map_location="cpu", weights_only=True)["modules"]
     for name in ("transformer", "text"):
         parts[name].load_state_dict(state[f"average_{name}"])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT)

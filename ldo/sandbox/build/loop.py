@@ -25,37 +25,39 @@ def cosine(step: int, total: int, warmup: int = 200, floor: float = 0.02) -> flo
 def fit(
     path: Path,
     modules: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     step: Callable[[int], dict[str, float]],
     total: int,
     deadline: float,
-    lr: float,
     save_every: float = 120.0,
     log_every: int = 100,
 ) -> None:
-    """Run ``step(i)`` for i < total, with a cosine learning rate; continue from ``path`` where it exists.
+    """Run ``step(i)`` for i < total, each learning rate on a cosine; continue from ``path`` where it exists.
 
-    ``step`` does forward, backward and optimizer step, and returns figures to log. Raises OutOfTime past ``deadline``.
+    ``step`` does forward, backward and optimizer steps, and returns figures to log. Raises OutOfTime past ``deadline``.
     """
     start = 0
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group.setdefault("initial_lr", group["lr"])
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         start = state["step"]
 
     def save(done: int) -> None:
         part = path.with_suffix(".part")
         state = {n: m.state_dict() for n, m in modules.items()}
-        torch.save({"modules": state, "optimizer": optimizer.state_dict(), "step": done}, part)
+        torch.save({"modules": state, "optimizers": [o.state_dict() for o in optimizers], "step": done}, part)
         os.replace(part, path)
 
     saved = began = time.monotonic()
     sums: dict[str, float] = {}
     for i in range(start, total):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(i, total)
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * cosine(i, total)
         for key, value in step(i).items():
             sums[key] = sums.get(key, 0.0) + float(value)
         if (i + 1) % log_every == 0 or i + 1 == total:

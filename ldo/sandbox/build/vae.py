@@ -92,11 +92,11 @@ def train(work: Path, device: str, deadline: float, steps: int = 6000, fine: int
         return _step(vae, optimizer, _losses(vae, x, rng, _balls(x), colour))
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    fit(work / "vae.pt", {"vae": vae}, optimizer, coarse, steps, deadline, lr=2e-3)
+    fit(work / "vae.pt", {"vae": vae}, [optimizer], coarse, steps, deadline)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-4, betas=(0.9, 0.98))
-    fit(work / "vae-fine.pt", {"vae": vae}, optimizer, finer, fine, deadline, lr=5e-4)
+    fit(work / "vae-fine.pt", {"vae": vae}, [optimizer], finer, fine, deadline)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    fit(work / "vae-colour.pt", {"vae": vae}, optimizer, lambda i: finer(i, "colour", 2.0), colour, deadline, lr=1e-3)
+    fit(work / "vae-colour.pt", {"vae": vae}, [optimizer], lambda i: finer(i, "colour", 2.0), colour, deadline)
 
 
 def load(work: Path) -> AutoencoderKLWan:

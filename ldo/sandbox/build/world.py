@@ -104,7 +104,7 @@ def train_encoder(work: Path, device: str, deadline: float, steps: int = 4400, b
         return {"error": error.item(), "pixels": pixels.item(), "spread": goal.std(1).mean().item()}
 
     modules = {"model": model, "target": target, "decoder": decoder}
-    fit(work / "world-encoder.pt", modules, optimizer, step, steps, deadline, lr=1e-3)
+    fit(work / "world-encoder.pt", modules, [optimizer], step, steps, deadline)
 
 
 def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, steps: int = 3000, batch: int = 32) -> None:
@@ -140,7 +140,7 @@ def train_predictor(work: Path, device: str, deadline: float, vae: nn.Module, st
         optimizer.step()
         return {"error": error.mean().item(), "persistence": (goal - last).abs().mean().item()}
 
-    fit(work / "world-predictor.pt", {"model": model}, optimizer, step, steps, deadline, lr=1e-3)
+    fit(work / "world-predictor.pt", {"model": model}, [optimizer], step, steps, deadline)
 
 
 def reconstructed(work: Path, vae: nn.Module, raw, device: str):
