@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from ldo.align import training_times
 from ldo.rng import torch_rng
 from ldo.sandbox.build.loop import fit
 from ldo.sandbox.build.pool import pool
@@ -116,7 +117,7 @@ def train(
         x0 = torch.from_numpy(data[rows.numpy()]).float().to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
         u = torch.rand(batch, generator=rng)
-        t = (shift * u / (1 + (shift - 1) * u)).to(device)
+        t = training_times(u, shift).to(device)
         texts = torch.where(torch.rand(batch, generator=rng) < 0.1, len(captions), rows)
         text = embed(parts["text"], ids[texts].to(device), mask[texts].to(device))
         at = t.view(-1, 1, 1, 1, 1)
