@@ -1,16 +1,42 @@
-"""Can the Triton kernels run here?"""
+"""What the kernels and those who call them share. Importing this needs no Triton."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
+from torch import Tensor
+
+INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+"""Triton runs kernels as Python on the host. It decides when a kernel is defined, so set TRITON_INTERPRET before importing one."""
+
+INSTALLED: bool = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why Triton kernels cannot serve tensors on ``device``; None if they can."""
-    if device.type != "cuda":
-        return f"no Triton on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why the Triton kernels cannot serve tensors of ``dtype`` on ``device``, in a few words; None if they can.
+
+    On a CPU they can only where Triton interprets: right for tests, thousands of times too slow for work.
+    """
+    if not INSTALLED:
         return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRET):
+        return f"no Triton on {device.type}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"Triton kernels take fp32, bf16, fp16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def csr(op: str, offsets: Tensor, rows: int) -> Tensor:
+    """``offsets`` of non-empty segments of ``rows`` rows, as int64 on the CPU; from a GPU that waits for it once.
+
+    ValueError, in the name of ``op``, unless they are at least two integers that rise strictly from 0 to ``rows``.
+    """
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets.is_floating_point():
+        raise ValueError(f"{op}: segments must be at least two integer offsets, got {offsets.dtype} {tuple(offsets.shape)}")
+    offsets = offsets.to("cpu", torch.int64)
+    if offsets[0] != 0 or offsets[-1] != rows or bool((offsets[1:] <= offsets[:-1]).any()):
+        raise ValueError(f"{op}: segments must rise strictly from 0 to {rows}, got {offsets.tolist()[:8]}")
+    return offsets

@@ -117,7 +117,7 @@ class Aligner(nn.Module):
         """L_PDA: the distance between the geometries of ``hidden`` and ``target``; scalar."""
         config, area = self.config, target.grid[1] * target.grid[2]
         cut = target.skip * area
-        student = self.resample(hidden, target.grid)[:, cut:]
+        student = self.resample(hidden, target.grid)[:, cut:].to(hidden.x_BND.dtype)  # the model's own precision: that of tensor cores
         frame = torch.arange(target.grid[0], device=student.device).repeat_interleave(area)[cut:]
         return relation_loss(
             student,

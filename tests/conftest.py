@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny random models in the real formats, loaded once."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests/models.py
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run, slowly, on the CPU
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/models.py and its like
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # tests/kernels/aot.py
 
 import models
 

@@ -112,6 +112,17 @@ def test_loss_is_the_relation_loss_over_frames():
     assert torch.equal(found, expected)
 
 
+def test_loss_is_computed_in_the_models_precision():
+    """Resampled in fp32, then rounded to what the model computes in, where tensor cores are."""
+    hidden, y = torch.randn(1, 5 * 16, 32).bfloat16(), torch.randn(1, 128, 48)
+    module, tokens = aligner(), Tokens(hidden, (5, 4, 4))
+    found = module(tokens, Target(y, torch.ones(1, 128), (8, 4, 4)))
+    student = module.resample(tokens, (8, 4, 4))
+    frame = torch.arange(8).repeat_interleave(16)
+    assert student.dtype == torch.float32 and found.dtype == torch.float32
+    assert torch.equal(found, relation_loss(student.bfloat16(), y, frame_N=frame, weight_BN=torch.ones(1, 128)))
+
+
 def test_full_geometry_is_one_mean_over_all_pairs():
     """Token relation distillation: uniform weights, one class."""
     hidden, y = torch.randn(1, 5 * 16, 32), torch.randn(1, 128, 48)

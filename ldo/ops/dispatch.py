@@ -6,16 +6,19 @@ import logging
 from collections.abc import Collection
 from functools import cache
 
+import torch
+
 log = logging.getLogger("ldo.ops")
 
 
 def choose(op: str, impl: str, available: Collection[str], default: str, why: str) -> str:
-    """Resolve ``impl`` ("auto" gives ``default``); ValueError for one that ``op`` does not have here."""
+    """Resolve ``impl`` ("auto" gives ``default``, because of ``why``); ValueError for one that ``op`` does not have here."""
     if impl == "auto":
-        _say(op, default, why)
+        if not torch.compiler.is_compiling():
+            _say(op, default, why)
         return default
     if impl not in available:
-        raise ValueError(f"{op}: impl={impl!r} is not available; choose auto or one of {', '.join(available)}")
+        raise ValueError(f"{op}: impl={impl!r} is not available; choose auto or one of {', '.join(available)} ({why})")
     return impl
 
 

@@ -16,6 +16,13 @@ Gradient, with G_ij = W_ij phi'(d_ij) / normaliser (symmetric) and xh = x / |x|:
 
     h_i = 2 sum_j G_ij xh_j,    dL/dx_i = (h_i - xh_i (xh_i . h_i)) / |x_i|
 
+Where all pairs weigh alike and phi is d^2 (squared, margin 0), N x N pairs need not be visited: with unit vectors as rows,
+
+    sum_ij d_ij^2 = |Xh' Xh|^2 + |Yh' Yh|^2 - 2 |Xh' Yh|^2          dL/dXh = 4 (Xh (Xh' Xh) - Yh (Yh' Xh))
+
+which every impl but the reference does when it is less work (N above about D + E). It is a difference of sums as large
+as mean s^2, so what is lost to rounding is measured against those.
+
 Shapes: B clips, N tokens, D and E features of student and teacher.
 """
 
@@ -25,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ldo.kernels import support
 from ldo.ops.dispatch import choose
 
 PENALTIES = ("hinge", "squared", "huber")
@@ -47,21 +55,35 @@ def relation_loss(
 ) -> Tensor:
     """Distance between the pairwise cosine geometries of student and teacher; a scalar in fp32 (fp64 for fp64 input).
 
-    ``frame_N``: int, the frame of each token; None compares all pairs as one class. ``weight_BN``: token weights in
-    [0, 1]; None weighs all pairs 1. Differentiable in the student alone.
-    ``impl``: "reference" (dense, the specification), "chunked" (row panels, no N x N matrix kept), or "auto".
-    ValueError on shapes that do not fit or an unknown penalty or impl.
+    ``frame_N``: int (within int32), the frame of each token; None compares all pairs as one class. ``weight_BN``: token
+    weights in [0, 1]; None weighs all pairs 1. ``margin`` >= 0. Differentiable in the student alone.
+    ``impl``: "reference" (dense, the specification), "chunked" (row panels in PyTorch, no N x N matrix kept), "triton"
+    (fused kernels; fp32, bf16, fp16), or "auto": triton on a GPU, else chunked.
+    ValueError on shapes that do not fit, a negative margin, or an unknown penalty or impl.
     """
-    _check(student_BND, teacher_BNE, frame_N, weight_BN, penalty)
-    impl = choose("relation_loss", impl, ("reference", "chunked"), "chunked", "memory-bounded PyTorch form")
-    coefficients = _coefficients(student_BND, frame_N, weight_BN, spatial, temporal)
+    _check(student_BND, teacher_BNE, frame_N, weight_BN, penalty, margin)
+    missing = support.unavailable(student_BND.device, student_BND.dtype)
+    if missing is None and student_BND.device.type == "cuda":
+        default, why = "triton", "fused kernels"
+    else:
+        default, why = "chunked", f"memory-bounded PyTorch form; {missing or 'Triton only interprets here'}"
+    impl = choose("relation_loss", impl, ("reference", "chunked") if missing else ("reference", "chunked", "triton"), default, why)
     teacher = teacher_BNE.detach()
+    uniform_squares = penalty == "squared" and margin == 0 and frame_N is None and weight_BN is None
+    if impl != "reference" and uniform_squares and _closed_form_is_cheaper(student_BND, teacher):
+        return _ClosedForm.apply(student_BND, teacher)
+    if impl == "triton":
+        from ldo.kernels import relation  # here, since it needs Triton
+
+        options = {"margin": margin, "penalty": penalty, "spatial": spatial, "temporal": temporal}
+        return relation.relation_loss(student_BND, teacher, frame_N, weight_BN, **options)
+    coefficients = _coefficients(student_BND, frame_N, weight_BN, spatial, temporal)
     if impl == "reference":
         return _reference(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
     return _Chunked.apply(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
 
 
-def _check(student: Tensor, teacher: Tensor, frame: Tensor | None, weight: Tensor | None, penalty: str) -> None:
+def _check(student: Tensor, teacher: Tensor, frame: Tensor | None, weight: Tensor | None, penalty: str, margin: float) -> None:
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"relation_loss: student [B, N, D] and teacher [B, N, E] expected, got {tuple(student.shape)} and {tuple(teacher.shape)}")
     if not student.numel():
@@ -72,6 +94,8 @@ def _check(student: Tensor, teacher: Tensor, frame: Tensor | None, weight: Tenso
         raise ValueError(f"relation_loss: weight_BN must be {tuple(student.shape[:2])}, got {tuple(weight.shape)}")
     if penalty not in PENALTIES:
         raise ValueError(f"relation_loss: unknown penalty {penalty!r}; one of {', '.join(PENALTIES)}")
+    if not margin >= 0:
+        raise ValueError(f"relation_loss: margin must be at least 0, got {margin}")
     if len({t.device for t in (student, teacher, frame, weight) if t is not None}) > 1:
         raise ValueError("relation_loss: student, teacher, frame_N and weight_BN must be on one device")
 
@@ -132,15 +156,16 @@ def _phi_slope(d: Tensor, margin: float, penalty: str) -> Tensor:
 
 
 def _pair_weight(weight: Tensor | None, frame: Tensor | None, coefficients: Tensor, b: int, rows: slice, like: Tensor) -> Tensor:
-    """W_ij times its class factor for one clip's row panel, [rows, N]."""
+    """W_ij times its class factor for one clip's row panel, from its first row to the right edge: [rows, N - start]."""
+    right = slice(rows.start, None)
     if frame is None:
         factor = coefficients[b, 0].expand_as(like)
     else:
-        factor = torch.where(frame[rows, None] == frame[None, :], coefficients[b, 0], coefficients[b, 1])
+        factor = torch.where(frame[rows, None] == frame[None, right], coefficients[b, 0], coefficients[b, 1])
     if weight is None:
         return factor
     w = weight[b].to(like.dtype)
-    return factor * (w[rows, None] + w[None, :] - w[rows, None] * w[None, :])
+    return factor * (w[rows, None] + w[None, right] - w[rows, None] * w[None, right])
 
 
 def _reference(student, teacher, frame, weight, coefficients, margin, penalty) -> Tensor:
@@ -155,27 +180,35 @@ def _reference(student, teacher, frame, weight, coefficients, margin, penalty) -
 
 
 class _Chunked(torch.autograd.Function):
-    """Row panels of ``PANEL`` pairs; the gradient is made in the forward, so nothing of size N x N is kept."""
+    """Panels of ``PANEL`` rows, from the diagonal to the right edge; the gradient is made in the forward.
+
+    Pairs are symmetric: a panel's square on the diagonal counts once, the rest twice, and its slopes serve its own rows
+    and, transposed, all rows below. Nothing of size N x N is made.
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, frame, weight, coefficients, margin, penalty):
         dtype = _accumulate(student)
         loss = torch.zeros((), dtype=torch.float64, device=student.device)
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student, dtype=dtype) if wanted else None
+        gradient = torch.zeros_like(student, dtype=dtype) if wanted else None
         for b in range(len(student)):
             x, inverse = _normalised(student[b].to(dtype))
             y, _ = _normalised(teacher[b].to(dtype))
             for start in range(0, len(x), PANEL):
-                rows = slice(start, start + PANEL)
-                d = x[rows] @ x.T
-                d.addmm_(y[rows], y.T, alpha=-1)
+                rows, below = slice(start, start + PANEL), slice(start + PANEL, None)
+                d = x[rows] @ x[start:].T
+                d.addmm_(y[rows], y[start:].T, alpha=-1)
                 pairs = _pair_weight(weight, frame, coefficients, b, rows, d)
-                loss += (pairs * _phi(d, margin, penalty)).sum(dtype=torch.float64)
+                terms = _phi(d, margin, penalty).mul_(pairs)
+                loss += terms[:, :PANEL].sum(dtype=torch.float64) + 2 * terms[:, PANEL:].sum(dtype=torch.float64)
                 if wanted:
-                    h = 2 * (pairs * _phi_slope(d, margin, penalty)) @ x
-                    along = (x[rows] * h).sum(-1, keepdim=True)
-                    gradient[b, rows] = (h - x[rows] * along) * inverse[rows]
+                    g = _phi_slope(d, margin, penalty).mul_(pairs).mul_(2)
+                    gradient[b, rows].addmm_(g, x[start:])
+                    gradient[b, below].addmm_(g[:, PANEL:].T, x[rows])
+            if wanted:
+                h = gradient[b]
+                h.sub_(x * (x * h).sum(-1, keepdim=True)).mul_(inverse)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return loss.to(dtype)
@@ -183,6 +216,70 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        # scaled before it is rounded: in fp16 a loss scale must still act
-        return (gradient * upstream).to(ctx.dtype) if gradient is not None else None, *[None] * 6
+        return _scaled(ctx, upstream), *[None] * 6
+
+
+class _ClosedForm(torch.autograd.Function):
+    """The squared penalty over all pairs from D x D, E x E and D x E matrices.
+
+    Half precision costs little here: the rows that are multiplied are those that came, the matrices are split into two
+    parts, and of Xh' Xh the multiple of the identity, which only moves rows along themselves, is left out.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher):
+        dtype, operand = _accumulate(student), _operand(student)
+        b, n, _ = student.shape
+        x, y = student.to(operand), teacher.to(operand)
+        (unit_x, inverse_x), (unit_y, inverse_y) = _normalised(x.to(dtype)), _normalised(y.to(dtype))
+        rounded_x, rounded_y = unit_x.to(operand), unit_y.to(operand)
+        xx, yy, xy = (_product(u.mT, v) / n for u, v in ((rounded_x, rounded_x), (rounded_y, rounded_y), (rounded_x, rounded_y)))
+        parts = [m.square().sum(dtype=torch.float64) for m in (xx, yy, xy)]
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            diagonal = xx.diagonal(dim1=-2, dim2=-1)
+            diagonal -= diagonal.mean(-1, keepdim=True)
+            h = (_product_split(x, xx).mul_(inverse_x)).sub_(_product_split(y, xy.mT).mul_(inverse_y)).mul_(4 / (b * n))
+            gradient = h.sub_(unit_x * (unit_x * h).sum(-1, keepdim=True)).mul_(inverse_x)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        return ((parts[0] + parts[1] - 2 * parts[2]).clamp_min(0) / b).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return _scaled(ctx, upstream), None
+
+
+def _closed_form_is_cheaper(student: Tensor, teacher: Tensor) -> bool:
+    n, d, e = *student.shape[1:], teacher.shape[2]
+    closed, pairs = 2 * (d * d + e * e + d * e), n * (d + e)
+    if student.requires_grad and torch.is_grad_enabled():
+        closed, pairs = closed + 2 * (d * d + d * e), pairs + 2 * n * d
+    return closed < pairs
+
+
+def _operand(student: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: half precision only where tensor cores make it worth while."""
+    return student.dtype if student.is_cuda else _accumulate(student)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, accumulated and returned in fp32 where the operands are half precision."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    accumulate = _accumulate(a)
+    return a.to(accumulate) @ b.to(accumulate)
+
+
+def _product_split(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows matrix, where rounding the matrix to the rows' precision would lose too much of it: as the sum of two."""
+    high = matrix.to(rows.dtype)
+    whole = _product(rows, high)
+    return whole if high.dtype == matrix.dtype else whole.add_(_product(rows, (matrix - high).to(rows.dtype)))
+
+
+def _scaled(ctx, upstream: Tensor) -> Tensor | None:
+    """The saved gradient times what comes from above, scaled before it is rounded: in fp16 a loss scale must still act."""
+    (gradient,) = ctx.saved_tensors
+    return (gradient * upstream).to(ctx.dtype) if gradient is not None else None

@@ -3,32 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from relations import distance, inputs, loss_and_gradient, plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldo.ops import relation, relation_loss
 
 SHAPES = [(1, 1), (3, 2), (2, 97), (1, 130), (1, 513), (2, 700)]  # B, N
-
-
-def inputs(b, n, *, d=10, e=7, frames=3, dtype=torch.float64, seed=0):
-    """Student, teacher and the keywords of every option, weights with zeros among them."""
-    g = torch.Generator().manual_seed(seed)
-    student = torch.randn(b, n, d, generator=g, dtype=torch.float64).to(dtype)
-    teacher = torch.randn(b, n, e, generator=g, dtype=torch.float64).to(dtype)
-    frame = torch.randint(frames, (n,), generator=g) * 5 - 4
-    weight = (torch.rand(b, n, generator=g, dtype=torch.float64) * 1.4 - 0.4).clamp_min(0)
-    return student, teacher, {"frame_N": frame, "weight_BN": weight}
-
-
-def loss_and_gradient(student, teacher, **options):
-    x = student.detach().clone().requires_grad_()
-    loss = relation_loss(x, teacher, **options)
-    loss.backward()
-    return loss.detach(), x.grad
-
-
-def distance(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
 def by_double_loop(student, teacher, frame, weight, margin, penalty, spatial, temporal):
@@ -104,11 +84,7 @@ def test_half_precision_is_no_worse_than_dense_arithmetic_in_it(dtype):
     student, teacher, options = inputs(2, 600, d=48, e=32, dtype=dtype)
     truth, slope = loss_and_gradient(student.double(), teacher.double(), impl="reference", **options)
     x = student.clone().requires_grad_()
-    unit_x, unit_y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, teacher))
-    a = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() - 0.1).clamp_min(0)
-    w, same = options["weight_BN"].float(), options["frame_N"][:, None] == options["frame_N"]
-    pairs = w[:, :, None] + w[:, None] - w[:, :, None] * w[:, None]
-    naive = sum(0.5 * ((pairs * c * a).sum((1, 2)) / (pairs * c).sum((1, 2))).mean() for c in (same, ~same))
+    naive = plain(x, teacher, **options)
     naive.backward()
     loss, gradient = loss_and_gradient(student, teacher, impl="chunked", **options)
     assert loss.dtype == torch.float32 and gradient.dtype == dtype
@@ -217,6 +193,61 @@ def test_chunked_never_holds_all_pairs(monkeypatch):
     assert largest["reference"] >= 400 * 400 and largest["chunked"] <= 32 * 400
 
 
+SQUARES = {"penalty": "squared", "margin": 0.0}  # over all pairs alike: no pair need be visited
+
+
+@pytest.mark.parametrize("b, n, d, e", [(1, 60, 10, 7), (3, 97, 8, 16), (2, 700, 33, 20)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_closed_form_equals_reference(b, n, d, e, dtype, tolerance):
+    student, teacher, _ = inputs(b, n, d=d, e=e, dtype=dtype)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), impl="reference", **SQUARES)
+    with Largest() as seen:
+        loss, gradient = loss_and_gradient(student, teacher, impl="chunked", **SQUARES)
+    assert seen.numel < n * n * b or n < 2 * d
+    assert loss.item() == pytest.approx(truth.item(), rel=tolerance)
+    assert distance(gradient, slope) <= tolerance
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_closed_form_on_tensor_cores(monkeypatch, kind):
+    """The roundings of a GPU, made here: unit vectors and their matrices in half precision, sums in fp32."""
+    monkeypatch.setattr(relation, "_operand", lambda student: student.dtype)
+    student, teacher, _ = inputs(1, 900, d=64, e=48, dtype=kind)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", **SQUARES)
+    loss, gradient = loss_and_gradient(student, teacher, 900.0, impl="chunked", **SQUARES)
+    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-3) and distance(gradient, slope) <= 5e-3
+
+
+def test_closed_form_gradcheck():
+    student, teacher, _ = inputs(2, 12, d=4, e=3, seed=3)
+    student[0, 5] = 0
+    loss = relation_loss(student.requires_grad_(), teacher, impl="chunked", **SQUARES)
+    assert "ClosedForm" in str(loss.grad_fn)
+    loss.backward()
+    assert not student.grad[0, 5].any()
+    with torch.no_grad():
+        student[0, 5] = 1
+    assert torch.autograd.gradcheck(lambda x: relation_loss(x, teacher, impl="chunked", **SQUARES), student)
+
+
+@pytest.mark.parametrize(
+    "n, change, closed",
+    [
+        (60, {}, True),
+        (12, {}, False),  # fewer pairs than the matrices have entries
+        (60, {"margin": 0.1}, False),
+        (60, {"penalty": "hinge"}, False),
+        (60, {"frame_N": torch.zeros(60, dtype=torch.long)}, False),
+        (60, {"weight_BN": torch.ones(1, 60)}, False),
+        (60, {"impl": "reference"}, False),
+    ],
+)
+def test_closed_form_is_taken_where_it_applies_and_pays(n, change, closed):
+    student, teacher, _ = inputs(1, n)
+    loss = relation_loss(student.requires_grad_(), teacher, **{**SQUARES, **change})
+    assert ("ClosedForm" in str(loss.grad_fn)) == closed
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -226,6 +257,8 @@ def test_chunked_never_holds_all_pairs(monkeypatch):
         ({"frame_N": torch.zeros(4, dtype=torch.long)}, "frame_N must be 5 integers"),
         ({"frame_N": torch.zeros(5)}, "frame_N must be 5 integers, got torch.float32"),
         ({"weight_BN": torch.ones(5)}, r"weight_BN must be \(2, 5\), got \(5,\)"),
+        ({"margin": -0.1}, "margin must be at least 0, got -0.1"),
+        ({"margin": float("nan")}, "margin must be at least 0, got nan"),
         ({"penalty": "l2"}, "unknown penalty 'l2'; one of hinge, squared, huber"),
         ({"impl": "cuda"}, "impl='cuda' is not available; choose auto or"),
         ({"teacher_BNE": torch.ones(2, 5, 4, device="meta")}, "on one device"),

@@ -1,0 +1,342 @@
+"""The fused relation loss: on a GPU as it is, elsewhere through Triton's interpreter."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import relations
+import torch
+
+from ldo.kernels import relation, support
+from ldo.ops import relation_loss
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GOAL = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # relative error of a gradient in that precision
+SHAPES = [(1, 1, 8, 8), (2, 97, 40, 24), (1, 130, 33, 7), (3, 252, 64, 65), (1, 507, 16, 48)]  # B, N, D, E
+POINTERS = dataclasses.replace(relation.ON_CPU, bulk=False, slices=1)
+
+
+def inputs(*shape, dtype=torch.float32, options=True, **keywords):
+    b, n, d, e = shape
+    student, teacher, named = relations.inputs(b, n, d=d, e=e, dtype=dtype, **keywords)
+    named = {k: v.to(DEVICE) for k, v in named.items()} if options else {}
+    return student.to(DEVICE), teacher.to(DEVICE), named
+
+
+def truth(student, teacher, upstream=1.0, **options):
+    return relations.loss_and_gradient(student.double(), teacher.double(), upstream, impl="reference", **options)
+
+
+def fused(student, teacher, upstream=1.0, **options):
+    return relations.loss_and_gradient(student, teacher, upstream, impl="triton", **options)
+
+
+@pytest.fixture(params=["bulk", "pointers"])
+def cut(request, monkeypatch):
+    """Both ways of loading, whatever the device."""
+    config = {"bulk": relation.ON_CPU, "pointers": POINTERS}[request.param]
+    if DEVICE.type == "cuda":
+        major = torch.cuda.get_device_capability()[0]
+        if request.param == "bulk" and major < 9:
+            pytest.skip("no bulk copies before sm_90")
+        config = relation.CONFIGS[{"bulk": min(major * 10, 100), "pointers": 80}[request.param], True]
+    monkeypatch.setattr(relation, "choose_config", lambda device, dtype: config)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_worse_than_plain_arithmetic_in_the_same_precision(shape, options, dtype):
+    student, teacher, named = inputs(*shape, dtype=dtype, options=options)
+    upstream = float(shape[1])  # keeps fp16's gradients in its range
+    loss, slope = truth(student, teacher, upstream, **named)
+    x = student.clone().requires_grad_()
+    rough = relations.plain(x, teacher, **named)
+    (upstream * rough).backward()
+    found, gradient = fused(student, teacher, upstream, **named)
+    assert found.dtype == torch.float32 and gradient.dtype == dtype and gradient.shape == student.shape
+    assert abs(found - loss) <= max(abs(rough - loss).item(), 2e-7 * loss.item())
+    if slope.norm() > 1e-6:  # a single token has similarity 1 to itself, whatever it is
+        assert relations.distance(gradient, slope) <= min(GOAL[dtype], max(relations.distance(x.grad, slope), 1e-6))
+
+
+@pytest.mark.parametrize("penalty", ["hinge", "squared", "huber"])
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("cut")
+def test_every_penalty(penalty, margin, dtype):
+    student, teacher, named = inputs(2, 97, 40, 24, dtype=dtype)
+    options = {**named, "penalty": penalty, "margin": margin, "spatial": 0.8, "temporal": 0.3}
+    loss, slope = truth(student, teacher, **options)
+    found, gradient = fused(student, teacher, **options)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relations.distance(gradient, slope) <= GOAL[dtype]
+
+
+@pytest.mark.parametrize("given", [(), ("frame_N",), ("weight_BN",)])
+def test_options_alone(given):
+    student, teacher, named = inputs(2, 97, 40, 24)
+    named = {k: named[k] for k in given}
+    loss, slope = truth(student, teacher, **named)
+    found, gradient = fused(student, teacher, **named)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(gradient, slope) <= 1e-5
+
+
+def test_few_active_pairs():
+    """Where about one pair in a hundred passes the margin, bf16 unit vectors flip which: the operands must stay as they came."""
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 384, 128, generator=g)
+    teacher = (student + 0.3 * torch.randn(1, 384, 128, generator=g)).bfloat16().to(DEVICE)
+    student = student.bfloat16().to(DEVICE)
+    unit_x, unit_y = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (student, teacher))
+    active = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() > 0.1).double().mean().item()
+    assert 0.003 < active < 0.03
+    _, slope = truth(student, teacher)
+    x = student.clone().requires_grad_()
+    relations.plain(x, teacher).backward()
+    _, gradient = fused(student, teacher)
+    assert relations.distance(gradient, slope) <= 5e-3 < 2e-2 <= relations.distance(x.grad, slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("cut")
+def test_panels_and_clips_apart_give_the_same(monkeypatch, dtype):
+    """A workspace of one square's rows makes as many panels as there can be."""
+    student, teacher, named = inputs(2, 330, 40, 24, dtype=dtype)
+    loss, slope = truth(student, teacher, **named)
+    found, _ = fused(student, teacher, **named)
+    for share in (1.5, 0.4, 0.0):  # of one clip's matrix: clips one by one, some panels, as many as can be
+        monkeypatch.setattr(relation, "WORKSPACE", int(share * 330 * 384 * student.element_size()))
+        again, other = fused(student, teacher, **named)
+        assert again.item() == pytest.approx(found.item(), rel=1e-6) and loss.item() == pytest.approx(found.item(), rel=1e-6)
+        assert relations.distance(other, slope) <= GOAL[dtype]
+
+
+@pytest.mark.parametrize(
+    ("clips", "n", "elements", "step"), [(1, 97, 10**6, 64), (5, 97, 30_000, 64), (2, 700, 100_000, 64), (1, 23_040, 2**27, 256)]
+)
+def test_plan_keeps_to_the_workspace(clips, n, elements, step):
+    panels, together = relation.plan(clips, n, elements, step)
+    assert panels[0][0] == 0 and panels[-1][1] == n and all(a[1] == b[0] for a, b in pairwise(panels))
+    for p0, p1 in panels:
+        assert p0 % step == 0
+        assert together * (p1 - p0) * relation._aligned(n - p0) <= elements or p1 - p0 <= step
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 511])
+@pytest.mark.parametrize(("rows", "cols"), [(32, 64), (64, 64), (64, 32)])
+@pytest.mark.parametrize("panel", [64, 128, 4096])
+def test_tiles_cover_every_pair_once(n, rows, cols, panel):
+    """Each row's part from the diagonal square on is computed once; with mirror images a panel's rows are whole."""
+    side = max(rows, cols)
+    seen = torch.zeros(n, n, dtype=torch.int)
+    for p0 in range(0, n, panel):
+        p1 = min(p0 + panel, n)
+        written = torch.zeros(n, n, dtype=torch.int)
+        for row, col in relation.tile_table(n, p0, p1, rows, cols, torch.device("cpu")).tolist():
+            seen[row : row + rows, col : col + cols] += 1
+            written[row : row + rows, col : col + cols] += 1
+            if row // side != col // side and col < p1:
+                written[col : col + cols, row : row + rows] += 1
+        assert (written[p0:p1, p0:] == 1).all()
+    square = torch.arange(n) // side
+    assert torch.equal(seen, (square[:, None] <= square[None, :]).int())
+
+
+def test_without_gradient_no_matrix_is_made(monkeypatch):
+    student, teacher, named = inputs(2, 130, 40, 24)
+    written = []
+    launch = relation._Pairs._launch
+    monkeypatch.setattr(
+        relation._Pairs, "_launch", lambda self, table, partial, a, *rest: written.append(a) or launch(self, table, partial, a, *rest)
+    )
+    with_gradient, _ = fused(student, teacher, **named)
+    assert written[-1] is not None
+    written.clear()
+    without = relation_loss(student, teacher, impl="triton", **named)
+    with torch.no_grad():
+        neither = relation_loss(student.clone().requires_grad_(), teacher, impl="triton", **named)
+    assert written == [None, None] and torch.equal(without, with_gradient) and torch.equal(neither, with_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_to_the_bit(dtype):
+    student, teacher, named = inputs(2, 252, 64, 40, dtype=dtype)
+    (a, x), (b, y) = (fused(student, teacher, **named) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(x, y)
+
+
+def test_gradient_is_orthogonal_to_its_token():
+    student, teacher, named = inputs(2, 130, 48, 24)
+    _, gradient = fused(student, teacher, **named)
+    along = (gradient.double() * student.double()).sum(-1).abs()
+    assert (along <= 1e-6 * gradient.norm(dim=-1) * student.norm(dim=-1)).all() and gradient.norm() > 1e-3
+
+
+def test_order_of_tokens_does_not_matter():
+    student, teacher, named = inputs(2, 97, 40, 24)
+    order = torch.randperm(97, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    loss, gradient = fused(student, teacher, **named)
+    again, moved = fused(student[:, order], teacher[:, order], frame_N=named["frame_N"][order], weight_BN=named["weight_BN"][:, order])
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(moved, gradient[:, order]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_vectors_have_similarity_and_gradient_zero(dtype):
+    student, teacher, named = inputs(1, 40, 32, 24, dtype=dtype)
+    student[0, [0, 7]], teacher[0, [3, 7]] = 0, 0
+    loss, slope = truth(student, teacher, **named)
+    found, gradient = fused(student, teacher, **named)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert (gradient[0, [0, 7]] == 0).all() and relations.distance(gradient, slope) <= GOAL[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lengths_of_vectors_do_not_matter(scale, dtype):
+    student, teacher, named = inputs(1, 97, 40, 24, dtype=dtype)
+    student[0, ::3] *= scale
+    teacher[0, ::5] /= scale
+    loss, slope = truth(student, teacher, **named)
+    found, gradient = fused(student, teacher, **named)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for rows in (slice(0, None, 3), [1, 2]):  # long and short vectors have gradients of different sizes
+        assert relations.distance(gradient[0, rows], slope[0, rows]) <= GOAL[dtype]
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(where, value):
+    student, teacher, named = inputs(1, 97, 40, 24)
+    {"student": student, "teacher": teacher}[where][0, 5, 3] = value
+    loss, gradient = fused(student, teacher, **named)
+    assert loss.isnan() and gradient.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_unwritten_is_read(monkeypatch, dtype):
+    student, teacher, named = inputs(2, 97, 40, 24, dtype=dtype)
+    expected = fused(student, teacher, **named)
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    for space in (relation.WORKSPACE, 0):
+        monkeypatch.setattr(relation, "WORKSPACE", space)
+        loss, gradient = fused(student, teacher, **named)
+        assert torch.equal(loss, expected[0]) and relations.distance(gradient, expected[1]) <= 1e-6
+
+
+def test_strided_inputs_and_upstream_gradient():
+    student, teacher, named = inputs(2, 33, 16, 24)
+    _, slope = fused(student, teacher, **named)
+    x = student.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    strided = {"frame_N": named["frame_N"].repeat_interleave(2)[::2], "weight_BN": named["weight_BN"].T.contiguous().T}
+    (-3.5 * relation_loss(x, teacher.repeat_interleave(2, -1)[..., ::2], impl="triton", **strided)).backward()
+    torch.testing.assert_close(x.grad, -3.5 * slope)
+
+
+def test_loss_scale_rescues_fp16_gradients():
+    student, teacher, _ = inputs(1, 507, 64, 32, dtype=torch.float16, options=False)
+    _, slope = truth(student, teacher)
+    _, gradient = fused(student, teacher, 2.0**16)
+    assert relations.distance(gradient.double() / 2**16, slope) < 2e-3
+
+
+def test_teacher_of_another_precision():
+    student, teacher, named = inputs(1, 97, 40, 24, dtype=torch.bfloat16)
+    found, gradient = fused(student, teacher.float(), **named)
+    expected = fused(student, teacher, **named)
+    assert torch.equal(found, expected[0]) and torch.equal(gradient, expected[1])
+
+
+def test_class_without_weight_contributes_nothing():
+    student, teacher, _ = inputs(1, 70, 40, 24, options=False)
+    one_frame = torch.zeros(70, dtype=torch.long, device=DEVICE)
+    whole, _ = fused(student, teacher)
+    assert fused(student, teacher, frame_N=one_frame, temporal=7.0)[0].item() == pytest.approx(0.5 * whole.item())
+    nothing = torch.zeros(1, 70, device=DEVICE)
+    loss, gradient = fused(student, teacher, frame_N=torch.arange(70, device=DEVICE) // 9, weight_BN=nothing)
+    assert loss == 0 and not gradient.any()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's wrap-around")
+@pytest.mark.parametrize("config", [relation.ON_CPU, POINTERS], ids=["bulk", "pointers"])
+def test_offsets_past_two_to_the_31(config):
+    """The last of many clips: its elements lie past 2^31, where 32-bit offsets wrap. Only that clip's memory is touched."""
+    n, d, clips = 70, 64, 2**31 // (70 * 64) + 2
+    g = torch.Generator().manual_seed(0)
+    small = torch.randn(1, n, d, generator=g).half()
+    large = torch.empty(clips, n, d, dtype=torch.float16)
+    large[-1] = small[0]
+    assert large[-1].storage_offset() > 2**31
+    ones = torch.ones(clips, n)
+    table = relation.tile_table(n, 0, n, config.rows, config.cols, large.device)
+    found = []
+    for x, clip in ((small, 0), (large, clips - 1)):
+        pairs = relation._Pairs(config, x, x, None, ones, 0.5 * ones, ones, None, torch.ones(clips, 2), 0.1, "hinge")
+        partial, a = torch.empty(1, len(table)), torch.empty(1, n, relation._aligned(n))
+        pairs._launch(table, partial, a[:, :, :n], clip, 1, 0, n)
+        found.append((partial, a[:, :, :n].clone()))
+    assert found[0][0].abs().sum() > 0 and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    student, teacher, named = inputs(2, 40, 16, 8, dtype=dtype)
+    frame, weight = named["frame_N"].int(), named["weight_BN"].float()
+    for gradient in (True, False):
+        arguments = (student.clone().requires_grad_(gradient), teacher, frame, weight, 0.1, "hinge", 0.5, 0.5, gradient)
+        torch.library.opcheck(relation._forward, arguments)
+    loss, pull, top = relation._forward(student, teacher, None, None, 0.1, "hinge", 1.0, 0.0, True)
+    torch.library.opcheck(relation._backward, (torch.ones_like(loss), pull, top, student))
+
+
+def test_torch_compile_does_not_break():
+    student, teacher, named = inputs(2, 40, 16, 8)
+    loss, gradient = fused(student, teacher, **named)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x):
+        return 2 * relation_loss(2 * x, teacher, impl="triton", **named)
+
+    x = student.clone().requires_grad_()
+    found = compiled(x)
+    found.backward()
+    torch.testing.assert_close(found.detach(), 2 * loss)
+    torch.testing.assert_close(x.grad, 2 * gradient)
+
+
+def test_who_serves_what():
+    student, teacher, _ = inputs(1, 8, 8, 8)
+    with pytest.raises(ValueError, match=r"impl='triton' is not available.*take fp32, bf16, fp16, not float64"):
+        relation_loss(student.double(), teacher.double(), impl="triton")
+    if DEVICE.type == "cpu":
+        assert support.INTERPRET
+        x = student.clone().requires_grad_()
+        assert "Chunked" in str(relation_loss(x, teacher).grad_fn), "auto must not interpret"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [4097, 13_000])
+def test_real_sizes(n):
+    """One panel, and several under the true workspace, at the widths of Wan 1.3B and V-JEPA 2 L."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    student, teacher = (torch.randn(1, n, w, generator=g, device="cuda").bfloat16() for w in (1536, 1024))
+    frame, weight = torch.arange(n, device="cuda") // 256, torch.rand(1, n, generator=g, device="cuda")
+    options = {"frame_N": frame, "weight_BN": weight, "margin": 0.02}
+    loss, slope = relations.loss_and_gradient(student.double(), teacher.double(), impl="chunked", **options)
+    found, gradient = fused(student, teacher, **options)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5) and relations.distance(gradient, slope) <= 5e-3
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    n, d = 256, 4096
+    clips = 2**31 // (n * d) + 2
+    g = torch.Generator(device="cuda").manual_seed(0)
+    one = torch.randn(1, n, d, generator=g, device="cuda").bfloat16()
+    student = one.expand(clips, n, d).contiguous()
+    loss, gradient = fused(one, one[..., :64].contiguous())
+    found, wide = fused(student, student[..., :64].contiguous(), upstream=clips)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(wide[-1], gradient[0], rtol=1e-2, atol=1e-7)
