@@ -1,0 +1,277 @@
+"""The row kernels of the predictive residual: one pass over the data forward, one backward.
+
+Per row, with a and b the (layer-normed, or else raw) predicted and target features:
+
+    cosine   1 - c,  c = a.b / (|a| |b|)       l1   mean |a - b|       l2   mean (a - b)^2
+
+``row_residuals`` holds whole rows in registers and writes 4 bytes a row; if a gradient is to come, K row statistics too.
+With t = sign(a - b) for l1 and a - b for l2, ``row_gradients`` makes of them, of z and of h
+
+    l1, l2   dz = s (t - mean t - a mean(t a)),   s = rstd_z / D, twice that for l2; without layer norm of z just s t
+    cosine   dz = p (z - mean_z) + q (h - mean_h) + r
+
+(for cosine the layer norm's second correction vanishes, as the gradient is orthogonal to a), times upstream_s weight_m /
+total_s of the row's segment s. Upstream is not known in the forward. To write the unscaled gradient there and scale it
+later would move 3 + 2 row lengths through memory (read z and h, write; read, write): as many as this, 2 + 3. But this
+rounds once, after scaling, so that in fp16 a loss scale acts before gradients can underflow, and no [M, D] buffer waits
+for the backward.
+
+Zero vectors have cosine 0 and gradient 0. Arithmetic is fp32; divisions and roots are rounded to nearest, and nothing is
+fused into multiply-adds, so that l1 has slope exactly 0 where a and b are the same.
+
+Shapes: M rows, D features, S segments. Offsets into [M, D] are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ldo.kernels.support import INTERPRET
+
+WIDEST = 16384  # features that fit in registers
+K = {"cosine": 5, "l1": 6, "l2": 6}  # statistics a row
+OPTIONS = {"enable_fp_fusion": False}
+LN_EPS = tl.constexpr(1e-5)
+ZERO = tl.constexpr(1e-12)  # norms up to this are zero vectors
+
+
+@triton.jit
+def _features(base, rows, stride: tl.constexpr, cols, inside):
+    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _plus2(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def _plus3(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _sums2(a, b, TOGETHER: tl.constexpr):
+    """Row sums of two tiles with one exchange between warps; apart in the interpreter, which would go element by element."""
+    if TOGETHER:
+        return tl.reduce((a, b), 1, _plus2)
+    else:
+        return tl.sum(a, 1), tl.sum(b, 1)
+
+
+@triton.jit
+def _sums3(a, b, c, TOGETHER: tl.constexpr):
+    if TOGETHER:
+        return tl.reduce((a, b, c), 1, _plus3)
+    else:
+        return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+
+
+@triton.jit
+def _rstd(squares, D: tl.constexpr):
+    return tl.div_rn(1.0, tl.sqrt_rn(squares / D + LN_EPS))
+
+
+@triton.jit
+def _inverse(squares, rstd):
+    """1 / norm of a centred row; 0 where the norm that the layer norm leaves is that of a zero vector."""
+    norm = tl.sqrt_rn(squares)
+    return tl.where(norm * rstd > ZERO, tl.div_rn(1.0, tl.maximum(norm, 1e-20)), 0.0)
+
+
+@triton.jit
+def _slope(difference, METRIC: tl.constexpr):
+    """t of the formula: the metric's derivative to a, up to its factor."""
+    if METRIC == "l1":
+        return (difference > 0).to(tl.float32) - (difference < 0).to(tl.float32)
+    else:
+        return difference
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_residuals(
+    predicted,  # [M, D]
+    target,  # [M, D]
+    residual,  # [M] fp32
+    statistics,  # [M, K] fp32 for the gradient, or None
+    M,
+    predicted_stride: tl.constexpr,
+    target_stride: tl.constexpr,
+    D: tl.constexpr,
+    METRIC: tl.constexpr,
+    NORM_Z: tl.constexpr,
+    NORM_H: tl.constexpr,
+    K: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    here = rows < M
+    inside = here[:, None] & (cols < D)[None, :]
+    a = _features(predicted, rows, predicted_stride, cols, inside)
+    b = _features(target, rows, target_stride, cols, inside)
+    z_mean = tl.zeros([BLOCK_M], tl.float32)
+    h_mean = z_mean
+    z_rstd = z_mean + 1.0
+    h_rstd = z_rstd
+    if NORM_Z or NORM_H:
+        z_sum, h_sum = _sums2(a, b, TOGETHER)
+        if NORM_Z:
+            z_mean = z_sum / D
+            a = tl.where(inside, a - z_mean[:, None], 0.0)
+        if NORM_H:
+            h_mean = h_sum / D
+            b = tl.where(inside, b - h_mean[:, None], 0.0)
+    if METRIC == "cosine":
+        aa, bb, ab = _sums3(a * a, b * b, a * b, TOGETHER)
+    elif NORM_Z or NORM_H:
+        aa, bb = _sums2(a * a, b * b, TOGETHER)
+    if NORM_Z:
+        z_rstd = _rstd(aa, D)
+    if NORM_H:
+        h_rstd = _rstd(bb, D)
+
+    if METRIC == "cosine":  # scale cancels, so a and b stay as they are
+        a_inverse = _inverse(aa, z_rstd)
+        b_inverse = _inverse(bb, h_rstd)
+        q = a_inverse * b_inverse
+        tl.store(residual + rows, 1.0 - ab * q, mask=here)
+        if statistics is not None:
+            kept = statistics + rows * K
+            tl.store(kept, z_mean, mask=here)
+            tl.store(kept + 1, h_mean, mask=here)
+            # p and q in this ratio, so that rounding leaves little along z
+            tl.store(kept + 2, q * tl.div_rn(ab, tl.maximum(aa, 1e-37)), mask=here)
+            tl.store(kept + 3, -q, mask=here)
+            if NORM_Z and not NORM_H:
+                tl.store(kept + 4, q * (h_sum / D), mask=here)
+            else:
+                tl.store(kept + 4, z_mean * 0.0, mask=here)
+    else:
+        a = a * z_rstd[:, None]
+        b = b * h_rstd[:, None]
+        d = a - b
+        t = _slope(d, METRIC)
+        if METRIC == "l1":
+            size = tl.abs(d)
+        else:
+            size = d * d
+        if statistics is None:
+            tl.store(residual + rows, tl.sum(size, 1) / D, mask=here)
+        else:
+            size_sum, t_sum, ta_sum = _sums3(size, t, t * a, TOGETHER)
+            tl.store(residual + rows, size_sum / D, mask=here)
+            kept = statistics + rows * K
+            tl.store(kept, z_mean, mask=here)
+            tl.store(kept + 1, z_rstd, mask=here)
+            tl.store(kept + 2, h_mean, mask=here)
+            tl.store(kept + 3, h_rstd, mask=here)
+            tl.store(kept + 4, t_sum / D, mask=here)  # the last two are for NORM_Z
+            tl.store(kept + 5, ta_sum / D, mask=here)
+
+
+@triton.jit(do_not_specialize=["M", "S", "steps"])
+def row_gradients(
+    upstream,  # [S] fp32
+    predicted,  # [M, D]
+    target,  # [M, D]
+    weight,  # [M] fp32 or None
+    statistics,  # [M, K] fp32
+    total,  # [S] fp32
+    offsets,  # [S + 1] int64; not read where EACH or steps == 0
+    gradient,  # [M, D]
+    M,
+    S,
+    steps,  # of the search for a row's segment: ceil(log2 S)
+    predicted_stride: tl.constexpr,
+    target_stride: tl.constexpr,
+    gradient_stride: tl.constexpr,
+    D: tl.constexpr,
+    METRIC: tl.constexpr,
+    NORM_Z: tl.constexpr,
+    EACH: tl.constexpr,  # every row is a segment
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    here = rows < M
+    inside = here[:, None] & (cols < D)[None, :]
+    z = _features(predicted, rows, predicted_stride, cols, inside)
+    h = _features(target, rows, target_stride, cols, inside)
+    kept = statistics + rows * K  # all loads before the first use of any
+    z_mean = tl.load(kept, mask=here, other=0.0)
+    if METRIC == "cosine":
+        h_mean = tl.load(kept + 1, mask=here, other=0.0)
+        p = tl.load(kept + 2, mask=here, other=0.0)
+        q = tl.load(kept + 3, mask=here, other=0.0)
+        r = tl.load(kept + 4, mask=here, other=0.0)
+    else:
+        z_rstd = tl.load(kept + 1, mask=here, other=0.0)
+        h_mean = tl.load(kept + 2, mask=here, other=0.0)
+        h_rstd = tl.load(kept + 3, mask=here, other=0.0)
+        t_mean = tl.load(kept + 4, mask=here, other=0.0)
+        ta_mean = tl.load(kept + 5, mask=here, other=0.0)
+    if weight is not None:
+        w = tl.load(weight + rows, mask=here, other=0.0)
+
+    segment = tl.zeros([BLOCK_M], tl.int64)
+    if EACH:
+        segment = rows
+    else:
+        end = segment + S
+        for _ in range(steps):  # offsets[segment] <= row < offsets[end]
+            middle = (segment + end) // 2
+            right = tl.load(offsets + middle, mask=here, other=0) <= rows
+            segment = tl.where(right, middle, segment)
+            end = tl.where(right, end, middle)
+    factor = tl.div_rn(tl.load(upstream + segment, mask=here, other=0.0), tl.load(total + segment, mask=here, other=1.0))
+    if weight is not None:
+        factor *= w
+
+    if METRIC == "cosine":
+        g = p[:, None] * (z - z_mean[:, None]) + q[:, None] * (h - h_mean[:, None]) + r[:, None]
+    else:
+        a = (z - z_mean[:, None]) * z_rstd[:, None]
+        b = (h - h_mean[:, None]) * h_rstd[:, None]
+        g = _slope(a - b, METRIC)
+        if NORM_Z:
+            g = g - t_mean[:, None] - a * ta_mean[:, None]
+        factor *= z_rstd * ((1.0 if METRIC == "l1" else 2.0) / D)
+    g *= factor[:, None]
+    tl.store(gradient + rows[:, None] * gradient_stride + cols[None, :], g.to(gradient.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- launches
+
+
+def tile(features: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: about 16 elements of each input a thread."""
+    columns = max(triton.next_power_of_2(features), 16)
+    return min(max(2048 // columns, 1), 8), columns, min(max(columns // 512, 4), 32)
+
+
+def launch_rows(z, h, row, statistics, metric, normalize_predicted, normalize_target) -> None:
+    """``row_residuals`` on inputs of unit stride in the features; ``statistics`` None: no gradient will be asked for."""
+    rows, features = z.shape
+    block_m, block_d, warps = tile(features)
+    row_residuals[(triton.cdiv(rows, block_m),)](
+        z, h, row, statistics, rows, z.stride(0), h.stride(0), features,
+        metric, normalize_predicted, normalize_target, K[metric], not INTERPRET, block_m, block_d, num_warps=warps, **OPTIONS,
+    )  # fmt: skip
+
+
+def launch_gradients(upstream, z, h, weight, statistics, total, offsets, gradient, metric, normalize_predicted) -> None:
+    """``row_gradients``; ``offsets`` may be empty where there is one segment, or one for each row."""
+    rows, features = z.shape
+    segments = len(upstream)
+    block_m, block_d, warps = tile(features)
+    row_gradients[(triton.cdiv(rows, block_m),)](
+        upstream, z, h, weight, statistics, total, offsets, gradient, rows, segments, (segments - 1).bit_length(),
+        z.stride(0), h.stride(0), gradient.stride(0), features,
+        metric, normalize_predicted, segments == rows, K[metric], block_m, block_d, num_warps=warps, **OPTIONS,
+    )  # fmt: skip
