@@ -1,6 +1,6 @@
 """Where the time of a run goes: one step of every stage on a recipe's models.
 
-    python benchmarks/bench_step.py [RECIPE] [a.b=c ...] [--repeat 5] [--out FILE.json]
+    python benchmarks/bench_step.py [RECIPE] [a.b=c ...] [--repeat 5] [--quick] [--out FILE.json]
 
 Prints and writes, per part, the median and the quartiles of seconds over some repeats after one warm-up.
 """
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
+
+from benchmarks import common
 from ldo import align, critic, data, lora, reinforce, run
 from ldo.check import check
 from ldo.config import read
@@ -79,22 +81,23 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="two repeats")
     args = parser.parse_intermixed_args()
+    repeat = 2 if args.quick else args.repeat
     with tempfile.TemporaryDirectory() as folder:
         recipe = read(args.recipe, [*args.overrides, f"out={folder}", "data.clips=64"])
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         here = run.load(check(recipe), join(recipe.device))
         device = here.world.device
-        found = {name: timed(work, args.repeat, device) for name, work in parts(here).items()}
+        found = {name: timed(work, repeat, device) for name, work in parts(here).items()}
     print(f"{'part':44} {'median s':>9} {'quartiles':>17}")
     for name, seconds in found.items():
-        low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         print(f"{name:44} {middle:9.3f} {low:8.3f} {high:8.3f}")
     if args.out:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        record = {"device": name, "versions": versions(), "commit": git.stdout.strip() or None, "recipe": recipe.name, "seconds": found}
+        head = common.record(device)
+        record = {**head, "versions": {**head["versions"], **versions()}, "recipe": recipe.name, "seconds": found}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -304,9 +304,10 @@ def _aligned(columns: int) -> int:
 
 
 def _descriptors(x: Tensor, config: Config) -> list[TensorDescriptor]:
-    """[B, N, D] for blocks of rows and of columns; features are padded with zeros where a row is no multiple of 16 bytes."""
+    """[B, N, D] for blocks of rows and of columns; rows that are no multiples of 16 bytes are padded with zeros."""
     missing = -x.shape[2] % (16 // x.element_size())
-    x = F.pad(x, (0, missing)) if missing else x
+    if missing or x.data_ptr() % 16:
+        x = F.pad(x, (0, missing))
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, config.depth]) for rows in (config.rows, config.cols)]
 
 
