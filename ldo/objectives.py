@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ldo import flow
+from ldo.ops import grpo_surrogate
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class Loss:
     divergence: Tensor
     ratio: Tensor
     clipped: Tensor
-
-
-def _clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    free, held = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(free, held).mean(), (held > free).float().mean()
 
 
 def grpo(
@@ -54,13 +50,12 @@ def grpo(
 ) -> Loss:
     """``after`` is where the sampling policy went from here; ``weight`` scales the policy part (1 / -dt under the guard)."""
     if guard:
-        log_ratio = ((after - mean_old) / std * (mean - mean_old)).flatten(1).mean(1)
+        logp, old = ((after - mean_old) / std * (mean - mean_old)).flatten(1).mean(1), None
     else:
-        log_ratio = flow.log_prob(after, mean, std) - logp_old
-    ratio = log_ratio.exp()
-    policy, clipped = _clipped_surrogate(ratio, advantage, clip)
-    away = flow.divergence(mean, mean_ref, std).mean() if mean_ref is not None else mean.new_zeros(())
-    return Loss(weight * policy + kl * away, policy, away, ratio, clipped)
+        logp, old = flow.log_prob(after, mean, std), logp_old
+    away = flow.divergence(mean, mean_ref, std) if mean_ref is not None else None
+    found = grpo_surrogate(logp, old, advantage, away, clip=clip, weight=weight, kl=kl)
+    return Loss(found.total, found.policy, found.divergence, found.ratio, found.clipped)
 
 
 def nft(
@@ -89,7 +84,6 @@ def awm(
         error = (u - (noise - x0)).square().flatten(1).mean(1)
         return t_B * ((error + 1e-10) ** 0.25 - 1e-10**0.25) / 0.25
 
-    ratio = (cost(v_old).detach() - cost(v)).exp()
-    policy, clipped = _clipped_surrogate(ratio, advantage / bound, 1.0)
+    found = grpo_surrogate(-cost(v), -cost(v_old), advantage / bound, clip=1.0)
     away = (v - v_ref).square().mean() if v_ref is not None else v.new_zeros(())
-    return Loss(policy + kl * away, policy, away, ratio, clipped)
+    return Loss(found.policy + kl * away, found.policy, away, found.ratio, found.clipped)

@@ -9,8 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    "rng config checkpoint progress metrics distributed flow kernels world_model sandbox.simulate generator.folder ops.dispatch report.charts",
-    "data lora generator.protocol ops ops.relation ops.residual ops.advantage sandbox.scenes sandbox.observe update objectives",
+    (
+        "rng config checkpoint progress metrics distributed flow kernels world_model sandbox.simulate generator.folder report.charts "
+        "ops.dispatch ops.extension"
+    ),
+    (
+        "data lora generator.protocol sandbox.scenes sandbox.observe update objectives "
+        "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
+    ),
     "generator.wan sandbox.corrupt sandbox.measure teacher critic report report.page",
     "generator sandbox.dataset",
     "rollout",

@@ -9,14 +9,17 @@ G groups in ascending id.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ldo.distributed import World, gather
+from ldo.ops import extension, native
 from ldo.ops.dispatch import choose
 
-SCALES = ("group", "global", "none")
+SCALES = native.SCALES
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,79 @@ def group_advantage(
     clip: float = 5.0,
     eps: float = 1e-4,
     impl: str = "auto",
+    world: World | None = None,
 ) -> tuple[Tensor, GroupStats]:
     """Advantages [N] in fp32 (fp64 for fp64 rewards), clipped to [-clip, clip], and the groups' statistics.
 
     ``rewards_NR``: [N] or [N, R]. ``groups_N``: integer ids, in any order, groups of any size. ``weights_R``: the
     weight of each reward, applied after normalisation; None weighs each 1. ``scale``: divide by the group's std, by
-    the std of all rewards ("global"), or not at all ("none"). ValueError on bad shapes and on a NaN or infinite
-    reward, naming the sample.
+    the std of all rewards ("global"), or not at all ("none"). ``impl``: "cuda" or "cpp" (the extension), "reference" (the
+    specification) or "auto". ``world``: the samples are this rank's part, and groups may span ranks; rewards are gathered once,
+    advantages are this rank's, statistics those of all groups, and the bits depend neither on how many ranks there are nor on
+    which sample lies where (no gradient). ValueError on bad shapes and on a NaN or infinite reward, naming the sample (on every rank alike).
     """
     rewards = rewards_NR[:, None] if rewards_NR.ndim == 1 else rewards_NR
-    if rewards.ndim != 2 or groups_N.shape != rewards.shape[:1] or not rewards.numel():
+    if rewards.ndim != 2 or groups_N.shape != rewards.shape[:1] or not (rewards.numel() or (world and rewards.shape[1])):
         raise ValueError(f"group_advantage: rewards [N, R] and groups [N] expected, got {tuple(rewards_NR.shape)} and {tuple(groups_N.shape)}")
+    if groups_N.is_floating_point() or groups_N.is_complex():
+        raise ValueError(f"group_advantage: groups must be integers, got {groups_N.dtype}")
+    if groups_N.device != rewards.device:
+        raise ValueError(f"group_advantage: rewards are on {rewards.device}, groups on {groups_N.device}")
     if scale not in SCALES:
         raise ValueError(f"group_advantage: unknown scale {scale!r}; one of {', '.join(SCALES)}")
-    choose("group_advantage", impl, ("reference",), "reference", "plain PyTorch")
+    names, why = extension.forms(rewards)
+    most = 0 if names[0] == "reference" else extension.load()[0].MAX_REWARDS
+    if rewards.shape[1] > most > 0:
+        names, why = ("reference",), f"plain PyTorch; the extension takes up to {most} rewards, these are {rewards.shape[1]}"
+    impl = choose("group_advantage", impl, names, names[0], why)
+    if weights_R is not None and weights_R.shape != rewards.shape[1:]:
+        raise ValueError(f"group_advantage: {rewards.shape[1]} weights expected, got {tuple(weights_R.shape)}")
+    if world is not None:
+        return _over_ranks(rewards, groups_N, world, lambda r, g: _advantage(r, g, weights_R, scale, clip, eps, impl))
+    return _advantage(rewards, groups_N, weights_R, scale, clip, eps, impl)
+
+
+def _advantage(r: Tensor, groups: Tensor, weights: Tensor | None, scale: str, clip: float, eps: float, impl: str) -> tuple[Tensor, GroupStats]:
+    if impl == "reference":
+        return _reference(r, groups, weights, scale, clip, eps)
+    wide = r.dtype == torch.float64
+    r = r if r.dtype in extension.DTYPES else r.double()
+    if weights is not None:
+        weights = weights.detach().to(r.device, weights.dtype if weights.dtype in extension.DTYPES else torch.float64).contiguous()
+    advantage, mean, std, zero = native.advantage_op(r.contiguous(), groups.long().contiguous(), weights, SCALES.index(scale), clip, eps, wide)
+    return advantage, GroupStats(mean, std, zero)
+
+
+def _over_ranks(
+    rewards: Tensor, groups: Tensor, world: World, advantage: Callable[[Tensor, Tensor], tuple[Tensor, GroupStats]]
+) -> tuple[Tensor, GroupStats]:
+    """The advantages of this rank's samples among those of all ranks.
+
+    Samples are ordered by group and then by their rewards: sums then have one order, however the samples are spread.
+    """
+    rank = torch.full_like(groups, world.rank)
+    bits = rewards.detach().double().contiguous().view(torch.int64)  # one gathering for ids and rewards, exact for both
+    everyone = gather(torch.cat([torch.stack([groups.long(), rank.long()], 1), bits], 1), world)
+    ids, ranks, r = everyone[:, 0], everyone[:, 1], everyone[:, 2:].contiguous().view(torch.float64)
+    if not torch.isfinite(r).all():
+        k, j = (~torch.isfinite(r)).nonzero()[0].tolist()
+        local = k - int((ranks[:k] != ranks[k]).sum())
+        raise ValueError(f"group_advantage: reward {j} of sample {local} of rank {int(ranks[k])} is {float(r[k, j])}; a reward must be finite")
+    order = torch.arange(len(ids), device=ids.device)
+    for column in (*reversed(r.unbind(1)), ids):  # stable sorts, the least significant key first
+        order = order[column[order].argsort(stable=True)]
+    there, stats = advantage(r[order].to(rewards.dtype), ids[order])
+    found = torch.empty_like(there)
+    found[order] = there
+    return found[ranks == world.rank], stats
+
+
+def _reference(rewards: Tensor, groups: Tensor, weights: Tensor | None, scale: str, clip: float, eps: float) -> tuple[Tensor, GroupStats]:
     r = rewards.double()  # sums over large groups lose too much in fp32
     if not torch.isfinite(r).all():
         k, j = (~torch.isfinite(r)).nonzero()[0].tolist()
         raise ValueError(f"group_advantage: reward {j} of sample {k} is {float(r[k, j])}; a reward must be finite")
-    if weights_R is not None and weights_R.shape != r.shape[1:]:
-        raise ValueError(f"group_advantage: {r.shape[1]} weights expected, got {tuple(weights_R.shape)}")
-
-    ids, index = torch.unique(groups_N, return_inverse=True)
+    ids, index = torch.unique(groups, return_inverse=True)
     count = torch.bincount(index, minlength=len(ids))[:, None]
     zeros = r.new_zeros(len(ids), r.shape[1])
     mean = zeros.index_add(0, index, r) / count
@@ -73,6 +127,6 @@ def group_advantage(
     else:
         a = centred
     a = torch.where(zero[index], 0, a)
-    total = a.sum(1) if weights_R is None else a @ weights_R.to(a)
+    total = a.sum(1) if weights is None else a @ weights.to(a)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     return total.clamp(-clip, clip).to(dtype), GroupStats(mean.to(dtype), std.to(dtype), zero)

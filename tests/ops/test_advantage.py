@@ -1,5 +1,6 @@
-"""Group advantages against NumPy group by group, and what must hold for any rewards and any ids."""
+"""Group advantages, in every form that is built here, against NumPy group by group, and what must hold for any rewards and any ids."""
 
+import forms
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from ldo.ops import group_advantage
+from ldo.ops import GroupStats, group_advantage
 
 IDS = [70, -3, 5, 70, 5, 70, 8, -3, 70]  # unordered; groups of 2, 2, 1 and 4
 
@@ -29,28 +30,36 @@ def by_group(values, ids, weights=None, scale="group", clip=5.0, eps=1e-4):
     return np.clip(out, -clip, clip)
 
 
-def advantage(values, ids=IDS, weights=None, **options):
-    w = None if weights is None else torch.tensor(weights)
-    a, stats = group_advantage(torch.as_tensor(values), torch.as_tensor(ids), w, **options)
-    return a.numpy(), stats
+@pytest.fixture(scope="module", params=forms.ALL)
+def advantage(request):
+    """``group_advantage`` of one form, from and to NumPy."""
+    device = forms.device_of(request.param)
+
+    def call(values, ids=IDS, weights=None, **options):
+        w = None if weights is None else torch.tensor(weights, device=device)
+        values, ids = (torch.as_tensor(x).to(device) for x in (values, ids))
+        a, stats = group_advantage(values, ids, w, **{"impl": request.param} | options)
+        return a.cpu().numpy(), GroupStats(*(x.cpu() for x in (stats.mean, stats.std, stats.zero_variance)))
+
+    return call
 
 
 @pytest.mark.parametrize("scale", ["group", "global", "none"])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.25, -2.0]])
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5)])
-def test_value_is_the_formula(scale, weights, dtype, tolerance):
+def test_value_is_the_formula(advantage, scale, weights, dtype, tolerance):
     values = rewards(3, dtype=dtype)
     a, _ = advantage(values, weights=weights, scale=scale)
     assert a.dtype == dtype
     np.testing.assert_allclose(a, by_group(values, IDS, weights, scale), rtol=tolerance, atol=tolerance)
 
 
-def test_one_reward_may_be_flat():
+def test_one_reward_may_be_flat(advantage):
     values = rewards()
     np.testing.assert_array_equal(advantage(values[:, 0])[0], advantage(values)[0])
 
 
-def test_stats_are_in_ascending_id():
+def test_stats_are_in_ascending_id(advantage):
     values = rewards(2)
     _, stats = advantage(values)
     for row, g in enumerate(sorted(set(IDS))):
@@ -63,20 +72,20 @@ def test_stats_are_in_ascending_id():
 @pytest.mark.parametrize("scale", ["group", "global", "none"])
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 1000])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -100.1])
-def test_equal_rewards_teach_nothing(scale, count, value):
+def test_equal_rewards_teach_nothing(advantage, scale, count, value):
     values = torch.cat([torch.full((count,), value), torch.tensor([1.0, 2.0])])
-    a, stats = group_advantage(values, torch.tensor([0] * count + [1, 1]), scale=scale)
+    a, stats = advantage(values, torch.tensor([0] * count + [1, 1]), scale=scale)
     assert not a[:count].any() and a[count] < 0 < a[-1]
     assert stats.zero_variance.flatten().tolist() == [True, False]
 
 
-def test_rewards_are_normalised_before_they_are_weighted():
+def test_rewards_are_normalised_before_they_are_weighted(advantage):
     values = rewards(2)
     a, _ = advantage(values * [1.0, 1000.0], weights=[0.5, 0.5], eps=0.0)
     np.testing.assert_allclose(a, advantage(values, weights=[0.5, 0.5], eps=0.0)[0], rtol=1e-9)
 
 
-def test_zero_variance_is_told_for_each_reward():
+def test_zero_variance_is_told_for_each_reward(advantage):
     values = rewards(2)
     values[:, 1] = 4.0
     a, stats = advantage(values)
@@ -84,7 +93,7 @@ def test_zero_variance_is_told_for_each_reward():
     np.testing.assert_allclose(a, advantage(values[:, :1])[0])
 
 
-def test_clip_bounds_the_sum():
+def test_clip_bounds_the_sum(advantage):
     values = np.zeros((20, 2))
     values[7] = 1.0
     a, _ = advantage(values, ids=[0] * 20, clip=3.0)
@@ -93,7 +102,7 @@ def test_clip_bounds_the_sum():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_reward_that_is_not_finite_names_its_sample(bad):
+def test_reward_that_is_not_finite_names_its_sample(advantage, bad):
     values = rewards(2)
     values[4, 1] = bad
     with pytest.raises(ValueError, match=f"reward 1 of sample 4 is {bad}"):
@@ -111,7 +120,7 @@ def test_reward_that_is_not_finite_names_its_sample(bad):
         (np.ones(4), [0] * 4, {"impl": "triton"}, "impl='triton' is not available"),
     ],
 )
-def test_bad_input_is_named(values, ids, options, message):
+def test_bad_input_is_named(advantage, values, ids, options, message):
     with pytest.raises(ValueError, match=message):
         advantage(values, ids, **options)
 
@@ -125,7 +134,7 @@ def batches(draw):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(batches(), st.randoms(use_true_random=False))
-def test_order_of_samples_does_not_matter(batch, random):
+def test_order_of_samples_does_not_matter(advantage, batch, random):
     values, ids = batch
     order = random.sample(range(len(ids)), len(ids))
     np.testing.assert_allclose(advantage(values[order], ids[order])[0], advantage(values, ids)[0][order], atol=1e-9)
@@ -133,7 +142,7 @@ def test_order_of_samples_does_not_matter(batch, random):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(batches(), st.integers(-50, 50), st.sampled_from(["group", "none"]))
-def test_constant_added_to_one_group_changes_nothing(batch, constant, scale):
+def test_constant_added_to_one_group_changes_nothing(advantage, batch, constant, scale):
     values, ids = batch
     moved = values + constant * (ids == ids[0])[:, None]
     np.testing.assert_allclose(advantage(moved, ids, scale=scale)[0], advantage(values, ids, scale=scale)[0], atol=1e-9)
@@ -141,7 +150,7 @@ def test_constant_added_to_one_group_changes_nothing(batch, constant, scale):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(batches(), st.permutations([-(2**40), -1, 17, 2**40]))
-def test_names_of_groups_do_not_matter(batch, names):
+def test_names_of_groups_do_not_matter(advantage, batch, names):
     values, ids = batch
     a, stats = advantage(values, np.array(names)[ids])
     b, old = advantage(values, ids)

@@ -1,0 +1,127 @@
+"""The clipped surrogate: every form against the formula written out, its gradient, and what it refuses."""
+
+import forms
+import pytest
+import torch
+
+from ldo.ops import grpo_surrogate
+
+FIELDS = ("total", "policy", "divergence", "ratio", "clipped")
+
+
+def draw(n=5, s=3, dtype=torch.float64, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logp, old, away = (torch.randn(n, s, generator=g, dtype=torch.float64) for _ in range(3))
+    advantage = torch.randn(n, generator=g, dtype=torch.float64)
+    out = (old + 0.05 * logp, old, advantage, away.abs())
+    return tuple(x.to(device, dtype) for x in out)
+
+
+def by_hand(logp, old, advantage, away, clip, weight, kl):
+    """Element by element in Python floats."""
+    n, s = logp.shape
+    total = policy = clipped = 0.0
+    for i in range(n):
+        for k in range(s):
+            ratio, a = float((logp[i, k] - old[i, k]).exp()), float(advantage[i])
+            free, held = -a * ratio, -a * min(max(ratio, 1 - clip), 1 + clip)
+            policy += max(free, held) / (n * s)
+            total += float(weight[k]) * max(free, held) / (n * s)
+            clipped += (held > free) / (n * s)
+    return total + kl * float(away.mean()), policy, clipped
+
+
+@pytest.mark.parametrize("form", forms.ALL)
+def test_value_is_the_formula(form):
+    logp, old, advantage, away = draw(device=forms.device_of(form))
+    weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    found = grpo_surrogate(logp, old, advantage, away, clip=0.02, weight=weight.to(logp.device), kl=0.3, impl=form)
+    total, policy, clipped = by_hand(*(x.cpu() for x in (logp, old, advantage, away)), 0.02, weight, 0.3)
+    assert 0 < clipped < 1
+    assert [float(getattr(found, f)) for f in ("total", "policy", "clipped")] == pytest.approx([total, policy, clipped], rel=1e-12)
+    assert torch.allclose(found.ratio, (logp - old).exp(), rtol=1e-14) and torch.isclose(found.divergence, away.mean())
+
+
+@pytest.mark.parametrize("form", forms.NATIVE)
+@pytest.mark.parametrize("n, s", [(1, 1), (16, 1), (7, 4), (1024, 1), (683, 3), (5000, 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_extension_gives_what_the_reference_gives_in_fp64(form, n, s, weighted):
+    """Values and gradients, also of ``policy`` and of the ratios, in fp32 no further from fp64 than fp32 resolves."""
+    device = forms.device_of(form)
+    inputs = draw(n, s, device=device, seed=n)
+    weight = torch.linspace(0.5, 2, s, dtype=torch.float64, device=device) if weighted else 1.7
+
+    def run(dtype, impl):
+        logp, old, advantage, away = (x.to(dtype).requires_grad_() for x in inputs)
+        found = grpo_surrogate(logp, old, advantage, away, clip=0.03, weight=weight, kl=0.4, impl=impl)
+        grads = torch.autograd.grad(found.total + 0.3 * found.policy + 0.2 * found.divergence + (found.ratio**2).mean(), (logp, away))
+        return [getattr(found, f).detach() for f in FIELDS] + list(grads)
+
+    exact = run(torch.float64, "reference")
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for name, a, b in zip((*FIELDS, "logp.grad", "divergence.grad"), run(dtype, form), exact, strict=True):
+            if name == "clipped" and dtype == torch.float32:
+                continue  # a ratio at the very edge may round to either side
+            scale = b.abs().max().clamp_min(1e-3)
+            assert a.dtype == dtype and float(((a - b).abs() / scale).max()) < tolerance, name
+
+
+@pytest.mark.parametrize("form", forms.ALL)
+def test_ratio_is_exactly_one_where_nothing_changed(form):
+    logp, _, advantage, _ = draw(dtype=torch.float32, device=forms.device_of(form))
+    found = grpo_surrogate(logp.requires_grad_(), logp.detach().clone(), advantage, clip=1e-3, impl=form)
+    assert (found.ratio == 1).all() and found.clipped == 0
+    found.total.backward()
+    assert torch.allclose(logp.grad, -advantage[:, None].expand(5, 3) / 15)  # the tie of the two forms loses no gradient
+
+
+@pytest.mark.parametrize("form", forms.ALL)
+def test_one_step_may_be_flat_and_old_may_be_missing(form):
+    device = forms.device_of(form)
+    logp, _, advantage, _ = draw(s=1, device=device)
+    flat = grpo_surrogate(logp[:, 0], None, advantage, clip=0.1, weight=2.0, impl=form)
+    square = grpo_surrogate(logp, torch.zeros_like(logp), advantage, clip=0.1, weight=2.0, impl=form)
+    assert flat.ratio.shape == (5,) and torch.equal(flat.total, square.total) and torch.equal(flat.ratio, square.ratio[:, 0])
+    assert torch.equal(flat.total, 2 * flat.policy) and flat.divergence == 0
+
+
+@pytest.mark.parametrize("form", forms.ALL)
+def test_a_log_prob_that_is_not_finite_is_not_hidden(form):
+    logp, old, advantage, away = draw(device=forms.device_of(form))
+    logp[2, 1] = float("nan")
+    found = grpo_surrogate(logp, old, advantage, away, clip=0.1, impl=form)
+    assert found.total.isnan() and found.policy.isnan() and found.ratio.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("form", forms.ALL)
+def test_strides_do_not_matter(form):
+    inputs = draw(6, 3, device=forms.device_of(form))
+    strided = [torch.stack([x, -x], -1)[..., 0].detach() for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    a, b = (grpo_surrogate(*x, clip=0.02, kl=0.1, impl=form) for x in (inputs, strided))
+    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+
+
+def test_on_the_cpu_auto_is_the_reference():
+    """A run's numbers are the same with and without a compiler."""
+    inputs = draw(16, 1, dtype=torch.float32)
+    a, b = (grpo_surrogate(*inputs, clip=0.02, kl=0.1, impl=impl) for impl in ("auto", "reference"))
+    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: torch.zeros(2, 3, 1)}, r"logp \[N, S\] and advantage \[N\] expected, got \(2, 3, 1\)"),
+        ({2: torch.zeros(4)}, r"got \(5, 3\) and \(4,\)"),
+        ({1: torch.zeros(5, 2)}, r"logp_old must have the shape of logp, \(5, 3\), got \(5, 2\)"),
+        ({3: torch.zeros(5)}, r"divergence must have the shape of logp"),
+        ({0: torch.zeros(5, 3, dtype=torch.bfloat16)}, "must be float32 or float64, got torch.bfloat16"),
+        ({"weight": torch.zeros(2)}, r"one of each step, \(3,\), expected, got \(2,\)"),
+        ({"impl": "triton"}, "impl='triton' is not available"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    inputs = [change.get(i, x) for i, x in enumerate(draw())]
+    with pytest.raises(ValueError, match=message):
+        grpo_surrogate(*inputs, clip=0.1, **{k: v for k, v in change.items() if isinstance(k, str)})
