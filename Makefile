@@ -20,11 +20,12 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"ldo needs Python 3.10 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (a minute or two, and about 2 GB; torch is the largest part)"
 	@$(PYTHON) -m venv $(VENV)
 	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -e '.[dev]'
+	@$(BIN)/python -c "from ldo.ops import extension; print('C++/CUDA extension:', extension.load()[1])"
 	@touch $@
 
 clean:

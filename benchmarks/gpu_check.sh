@@ -3,7 +3,7 @@
 #
 #   sh benchmarks/gpu_check.sh [--force] [--quick] [--results DIR] [PART ...]
 #
-# Parts, in order: build tests align-sizes align-cases align-widths residual advantage step
+# Parts, in order: build tests sanitizer align-sizes align-cases align-widths residual advantage step
 # Results: DIR/<device>/<part>.json (default benchmarks/results), each beside its log. A part whose JSON is of this very
 # commit is skipped, unless --force. The last lines sum up. Exit code 1 if a part failed.
 #
@@ -17,7 +17,7 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
-ALL="build tests align-sizes align-cases align-widths residual advantage step"
+ALL="build tests sanitizer align-sizes align-cases align-widths residual advantage step"
 force='' quick='' results=benchmarks/results parts=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -62,6 +62,9 @@ echo "$slug, commit $commit, parts:$(printf ' %s' $parts)"
 
 status=0 made=''
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(not all(u.find_spec(n) for n in sys.argv[1:]))" "$@"; }
+# The trainer's own fixtures need the model libraries; the operations need torch alone.
+cut='--confcutdir=tests/ops'
+if has diffusers av; then cut=''; fi
 
 # Is FILE a result of this commit? A tree that differs from its commit, or has none, never counts.
 fresh() {
@@ -120,12 +123,16 @@ run() {
     tests)
         tests='tests/ops'
         if [ -d tests/kernels ] && [ -z "$tiny" ]; then tests='tests/kernels tests/ops'; fi
-        # The trainer's own fixtures need the model libraries; the operations need torch alone.
-        cut='--confcutdir=tests/ops'
-        if has diffusers av; then cut=''; fi
         logged tests 400 "$PYTHON" -m pytest $cut $tests || status=1
         if [ -z "$cut" ]; then
             logged tests-gpu 70 "$PYTHON" -m pytest -m gpu --ignore tests/kernels --ignore tests/ops || [ "$code" -eq 5 ] || status=1 # 5: none marked
+        fi
+        ;;
+    sanitizer)
+        if [ -n "$tiny" ] || ! command -v compute-sanitizer >/dev/null; then
+            echo "== sanitizer: left out, no compute-sanitizer for a GPU here"
+        else # the extension's kernels on groups of every size; a machine that does not let it in says so at once
+            logged sanitizer 400 compute-sanitizer --error-exitcode 99 "$PYTHON" -m pytest $cut tests/ops/test_native.py -m gpu -k "same_bits and float32" || status=1
         fi
         ;;
     align-sizes) bench align-sizes bench_align.py $(pick '--sizes 256,512 --widths 64x48' '--sizes 8192' '--sizes 3600,4096,8192,10240,16384,23040,32768') ;;

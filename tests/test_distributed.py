@@ -59,3 +59,51 @@ def test_ranks_get_the_single_process_gradient(tmp_path, size):
             assert torch.equal(f["grads"][k], found[0]["grads"][k])  # the same bits everywhere
     assert found[0]["gathered"].tolist() == [0, 10, 11] + ([20, 21, 22] if size == 3 else [])
     assert all(torch.equal(f["gathered"], found[0]["gathered"]) for f in found)
+
+
+def advantages(rank, size, port, out, spread):
+    """Each rank's part of 24 samples in five groups that span ranks, dealt out in blocks or like cards."""
+    import os
+
+    from ldo.ops import group_advantage
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = distributed.join("cpu")
+    rewards, ids, weights = spanning()
+    mine = list(world.share(24)) if spread == "blocks" else list(range(rank, 24, size))
+    a, stats = group_advantage(rewards[mine], ids[mine], weights, world=world)
+    broken = rewards.clone()
+    broken[mine[0] if rank == size - 1 else 0, 1] = float("nan") if rank == size - 1 else 0.0
+    message = ""
+    try:
+        group_advantage(broken[mine], ids[mine], weights, world=world)
+    except ValueError as error:
+        message = str(error)
+    distributed.barrier(world)
+    torch.save({"mine": mine, "advantage": a, "stats": vars(stats), "message": message}, f"{out}/{rank}.pt")
+    distributed.leave()
+    os._exit(0)  # torch's threads can abort a process whose interpreter is already gone
+
+
+def spanning():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.tensor([7, -2, 7, 40, 7, 7, -2, 3, 40, 40, 3, 3, 9, 7, 40, 3, -2, -2, 7, 40, 3, 7, 40, -2])
+    return torch.randn(24, 2, generator=g) * 3, ids, torch.tensor([1.0, 0.5])
+
+
+@pytest.mark.parametrize("spread", ["blocks", "cards"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_advantages_do_not_depend_on_how_groups_are_spread(tmp_path, size, spread):
+    from ldo.ops import group_advantage
+
+    mp.spawn(advantages, (size, 29520 + size + 10 * (spread == "cards"), str(tmp_path), spread), nprocs=size)
+    rewards, ids, weights = spanning()
+    alone, stats = group_advantage(rewards, ids, weights, world=World())
+    for rank in range(size):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(found["advantage"], alone[found["mine"]])
+        assert all(torch.equal(found["stats"][k], v) for k, v in vars(stats).items())
+        assert f"reward 1 of sample 0 of rank {size - 1} is nan" in found["message"]  # on every rank alike
+    plain, _ = group_advantage(rewards, ids, weights)
+    assert torch.allclose(plain, alone, atol=1e-6)

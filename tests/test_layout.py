@@ -1,6 +1,7 @@
 """The house rules: floors of imports, the kernels' import name, file sizes, and what a wheel holds."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,10 +114,12 @@ def test_a_wheel_holds_what_a_checkout_does(tmp_path):
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
         "import sys; sys.path.insert(0, 'site'); import ldo, ldo.kernels.support as s, ldo.train as t; "
-        "from ldo.sandbox import dataset as d, measure as m; print(s.__file__, t.DEFAULT.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()))"
+        "from ldo.sandbox import dataset as d, measure as m; from ldo.ops import extension as e; "
+        "print(s.__file__, t.DEFAULT.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), e.load()[0] is not None)"
     )
+    buildable = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
     out = python(code, tmp_path)
-    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True"
+    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True {buildable}"
 
 
 def test_files_are_readable():
