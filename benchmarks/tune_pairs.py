@@ -52,7 +52,8 @@ def main() -> int:
     device = torch.device(args.device)
     if device.type != "cuda":
         parser.error("there is nothing to tune without a GPU")
-    dtype = common.DTYPES[args.dtype or "bf16"]
+    args.dtype = args.dtype or "bf16"
+    dtype = common.DTYPES[args.dtype]
     usual = relation.choose_config(device, dtype)
     tried = [usual, *(c for c in candidates(dtype != torch.float32, usual.bulk) if c != usual)]
     rows = []
@@ -72,7 +73,7 @@ def main() -> int:
         print(f"best at {n}: {best}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(common.record(device) | {"dtype": args.dtype or "bf16", "widths": WIDTHS, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(common.record(device) | {"dtype": args.dtype, "widths": WIDTHS, "rows": rows}, indent=1) + "\n")
     return 0
 
 

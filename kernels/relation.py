@@ -20,7 +20,7 @@ Deterministic: fixed tiles, fixed order of sums, no atomics. Nothing here waits 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldo.kernels import relation_pairs as device_code
-from ldo.kernels.support import INTERPRET
+from ldo.kernels.support import EPS, HUBER, INTERPRET, written
 
-EPS = 1e-12  # norms up to this are zero vectors
-HUBER = 0.1
 WORKSPACE = 256 * 2**20  # bytes of A that are held at a time
 TOKENS = 32 if INTERPRET else 4  # of a row kernel's program: a warp each
 GROUP = 8  # super-tile rows that are walked together, so that their operands stay in L2
@@ -117,8 +115,8 @@ def _forward(
     b, n, d = x.shape
     unit = torch.empty_like(x) if gradient and x.dtype == torch.float16 else None
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     inverse, ratio, factor, top, loss = new(b, n), new(b, n), new(b, 2), new(b), new()
     pull = new(b, n, d) if gradient else new(0)
@@ -142,11 +140,10 @@ def _(student, teacher, frame, weight, margin, penalty, spatial, temporal, gradi
 
 @torch.library.custom_op("ldo::relation_backward", mutates_args=())
 def _backward(upstream: Tensor, pull: Tensor, top: Tensor, student: Tensor) -> Tensor:
-    """dL/dstudient in its precision, rounded once and after it was scaled: in fp16 a loss scale must still act."""
+    """dL/dstudent in its precision, rounded once and after it was scaled: in fp16 a loss scale must still act."""
     x = student.contiguous()
     b, n, d = x.shape
-    rounded_here = INTERPRET and x.dtype == torch.bfloat16  # the interpreter would truncate
-    grad = torch.empty_like(x, dtype=torch.float32 if rounded_here else x.dtype)
+    grad = torch.empty_like(x, dtype=written(x.dtype))
     with torch.cuda.device_of(x):
         scale = upstream.float()
         device_code.project_kernel[(-(-b * n // TOKENS),)](scale, pull, top, x, grad, b * n, n, d, TOKENS, 512, x.dtype == torch.float16, EPS)
@@ -194,12 +191,11 @@ class _Pairs:
     def run(self, pull: Tensor | None) -> Tensor:
         """The loss's partial sums [B, tiles]; fills ``pull`` [B, N, D] with A X if there is one."""
         clips, n, _ = self.x.shape
-        dtype = torch.float32 if INTERPRET else self.x.dtype
         panels, together = ([(0, n)], clips) if pull is None else plan(clips, n, WORKSPACE // self.x.element_size(), self.config.super)
         tables = [tile_table(n, p0, p1, self.config.rows, self.config.cols, self.x.device) for p0, p1 in panels]
         partial = torch.empty(clips, sum(map(len, tables)), dtype=torch.float32, device=self.x.device)
         size = max((p1 - p0) * _aligned(n - p0) for p0, p1 in panels)
-        space = None if pull is None else torch.empty(together * size, dtype=dtype, device=self.x.device)
+        space = None if pull is None else torch.empty(together * size, dtype=written(self.x.dtype), device=self.x.device)
         operand = self.x if self.unit is None else self.unit
         for clip in range(0, clips, together):
             count = min(together, clips - clip)
@@ -219,18 +215,21 @@ class _Pairs:
                         _add_product(pull[here, p1:], a[:, :, p1 - p0 :].mT, x[:, p0:p1], fresh=p0 == 0)
         return partial
 
+    @cached_property
+    def sources(self) -> list[TensorDescriptor] | list[Tensor]:
+        """x for rows, x for columns, t for rows, t for columns, as the kernel takes them; the same for every panel."""
+        return [s for v in (self.x, self.t) for s in (_descriptors(v, self.config) if self.config.bulk else (v, v))]
+
     def _launch(self, table: Tensor, partial: Tensor, a: Tensor | None, clip: int, count: int, p0: int, p1: int) -> None:
         c, n = self.config, self.x.shape[1]
         width = c.cols // c.slices
-        x, t = (_descriptors(v, c) if c.bulk else (v, v) for v in (self.x, self.t))
         out = out_mirror = None
         if a is not None:
             out, out_mirror = a, a
             if c.bulk:
                 out, out_mirror = (TensorDescriptor(a, list(a.shape), list(a.stride()), [1, *block]) for block in ((c.rows, width), (width, c.rows)))
         device_code.pair_kernel[(len(table), count)](
-            *x,
-            *t,
+            *self.sources,
             out,
             out_mirror,
             self.inverse,
@@ -274,7 +273,7 @@ def plan(clips: int, n: int, elements: int, step: int) -> tuple[list[tuple[int, 
     A panel starts at a multiple of ``step`` and has at least ``step`` rows, whatever it takes.
     """
     if n * _aligned(n) <= elements:
-        return [(0, n)], min(clips, max(elements // (n * _aligned(n)), 1))
+        return [(0, n)], min(clips, elements // (n * _aligned(n)))
     panels, start = [], 0
     while start < n:
         rows = max(elements // _aligned(n - start) // step, 1) * step

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldo.kernels.residual_rows import OPTIONS, K, launch_gradients, launch_rows
-from ldo.kernels.support import INTERPRET, csr
+from ldo.kernels.support import csr, written
 
 SLICE = 4096  # rows a program of segment_means sums at most, where a segment is split
 
@@ -184,8 +184,7 @@ def backward(
     if weight is not None:
         weight = weight.to(torch.float32).contiguous()
     z, h = _rows(predicted), _rows(target)
-    # the interpreter cuts bf16 off where it should round
-    gradient = torch.empty(z.shape, dtype=torch.float32 if INTERPRET and z.dtype == torch.bfloat16 else z.dtype, device=z.device)
+    gradient = torch.empty(z.shape, dtype=written(z.dtype), device=z.device)
     with torch.cuda.device_of(z):
         launch_gradients(upstream.float().contiguous(), z, h, weight, statistics, total, offsets, gradient, metric, normalize_predicted)
     return gradient.to(z.dtype)

@@ -27,13 +27,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldo.kernels.support import INTERPRET
+from ldo.kernels.support import EPS, INTERPRET
 
 WIDEST = 16384  # features that fit in registers
 K = {"cosine": 5, "l1": 6, "l2": 6}  # statistics a row
 OPTIONS = {"enable_fp_fusion": False}
 LN_EPS = tl.constexpr(1e-5)
-ZERO = tl.constexpr(1e-12)  # norms up to this are zero vectors
+ZERO = tl.constexpr(EPS)
 
 
 @triton.jit

@@ -12,6 +12,12 @@ INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true
 """Triton runs kernels as Python on the host. It decides when a kernel is defined, so set TRITON_INTERPRET before importing one."""
 
 INSTALLED: bool = importlib.util.find_spec("triton") is not None
+EPS = 1e-12
+"""Norms up to this are those of zero vectors, in every form of every operation."""
+
+HUBER = 0.1
+"""Where the relation loss's Huber penalty turns from a parabola into a line."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,6 +33,11 @@ def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str |
     if dtype is not None and dtype not in DTYPES:
         return f"Triton kernels take fp32, bf16, fp16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def written(dtype: torch.dtype) -> torch.dtype:
+    """In what a kernel writes results of ``dtype``, to be cast by torch: the interpreter cuts bf16 off where it should round."""
+    return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
 
 
 def csr(op: str, offsets: Tensor, rows: int) -> Tensor:

@@ -22,6 +22,17 @@ def choose(op: str, impl: str, available: Collection[str], default: str, why: st
     return impl
 
 
+def choose_triton(op: str, impl: str, device: torch.device, missing: str | None, forms: tuple[str, ...], what: str) -> str:
+    """``choose`` for an operation with Triton kernels: auto takes them on a GPU, else the last of the PyTorch ``forms``, which is ``what``.
+
+    ``missing``: why the kernels cannot serve this call, or None. Where they would only be interpreted, they must be asked for.
+    """
+    available = forms if missing else (*forms, "triton")
+    if missing is None and device.type == "cuda":
+        return choose(op, impl, available, "triton", "fused kernels")
+    return choose(op, impl, available, forms[-1], f"{what}; {missing or 'Triton only interprets here'}")
+
+
 @cache
 def _say(op: str, impl: str, why: str) -> None:
     log.info("%s: %s (%s)", op, impl, why)

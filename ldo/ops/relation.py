@@ -33,11 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ldo.kernels import support
-from ldo.ops.dispatch import choose
+from ldo.kernels.support import EPS, HUBER
+from ldo.ops.dispatch import choose_triton
 
 PENALTIES = ("hinge", "squared", "huber")
-HUBER = 0.1  # where the Huber form turns from a parabola into a line
-EPS = 1e-12  # norms below this are zero vectors
 PANEL = 512  # rows of the pair matrices that the chunked form holds at a time
 
 
@@ -63,11 +62,7 @@ def relation_loss(
     """
     _check(student_BND, teacher_BNE, frame_N, weight_BN, penalty, margin)
     missing = support.unavailable(student_BND.device, student_BND.dtype)
-    if missing is None and student_BND.device.type == "cuda":
-        default, why = "triton", "fused kernels"
-    else:
-        default, why = "chunked", f"memory-bounded PyTorch form; {missing or 'Triton only interprets here'}"
-    impl = choose("relation_loss", impl, ("reference", "chunked") if missing else ("reference", "chunked", "triton"), default, why)
+    impl = choose_triton("relation_loss", impl, student_BND.device, missing, ("reference", "chunked"), "memory-bounded PyTorch form")
     teacher = teacher_BNE.detach()
     uniform_squares = penalty == "squared" and margin == 0 and frame_N is None and weight_BN is None
     if impl != "reference" and uniform_squares and _closed_form_is_cheaper(student_BND, teacher):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldo.kernels import support
-from ldo.ops.dispatch import choose
+from ldo.kernels.support import EPS
+from ldo.ops.dispatch import choose_triton
 
 METRICS = ("cosine", "l1", "l2")
-EPS = 1e-12  # norms up to this are zero vectors
 
 
 def predictive_residual(
@@ -55,11 +55,7 @@ def predictive_residual(
         normalize_predicted = metric == "cosine"
     target, weight = target_MD.detach(), None if weight_M is None else weight_M.detach()
     missing = _no_triton(predicted_MD, target)
-    if missing is None and predicted_MD.device.type == "cuda":
-        default, why = "triton", "fused kernels"
-    else:
-        default, why = "reference", f"plain PyTorch; {missing or 'Triton only interprets here'}"
-    impl = choose("predictive_residual", impl, ("reference",) if missing else ("reference", "triton"), default, why)
+    impl = choose_triton("predictive_residual", impl, predicted_MD.device, missing, ("reference",), "plain PyTorch")
     if impl == "reference":
         return _reference(predicted_MD, target, segments, weight, metric, normalize_predicted, normalize_target)
     from ldo.kernels import residual  # here, since it needs Triton
