@@ -76,12 +76,12 @@ def losses(run: Run, aligner: Aligner | None, clips: Clips, rows: Tensor, noise:
         with run.generator.tap(block_index(run)) as tap:
             v = run.generator.velocity(x, t_B, text)
         pda = aligner(tap.take(), clips.target.take(rows).to(device))
-    return (v - (noise - x0)).square().mean(), pda
+    return run.generator.flow_loss(v, noise - x0, t_B), pda
 
 
-def training_times(u: Tensor, shift: float) -> Tensor:
-    """Uniform numbers to times, denser toward noise as ``shift`` grows (the sampler's own spacing)."""
-    return shift * u / (1 + (shift - 1) * u)
+def micro_batches(rows: list[int], size: int) -> list[list[int]]:
+    """The rows of a step in forward passes of at most ``size``; 0 takes them all at once."""
+    return [rows[i : i + (size or len(rows))] for i in range(0, len(rows), size or len(rows))]
 
 
 def make_aligner(run: Run) -> Aligner:
@@ -113,16 +113,20 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
         clips = prepare(run)
         kept = max(len(clips) - min(32, len(clips) // 8), 1)  # the last ones are held out
         log = Log(run.folder, stage, step, world.first)
-        shift = config.time_shift or run.generator.shift
+        shape = tuple(clips.latents.shape[1:])
         with Bar(stage, config.steps, step, world.first) as bar:
             while step < config.steps:
                 rows = torch.from_numpy(data.batch_indices(recipe.seed, "align", step, config.batch, kept))
                 rng = torch_rng(recipe.seed, "align", step)
                 noise = torch.randn((config.batch, *clips.latents.shape[1:]), generator=rng)
-                t_B = training_times(torch.rand(config.batch, generator=rng), shift)
+                t_B = run.generator.training_times(torch.rand(config.batch, generator=rng), shape, config.time_shift)
                 mine = list(world.share(config.batch))
-                flow_loss, pda = losses(run, aligner, clips, rows[mine], noise[mine], t_B[mine])
-                (flow_loss + recipe.teacher.weight * pda).backward()
+                flow_loss, pda = torch.zeros(()), torch.zeros(())
+                for part in micro_batches(mine, config.micro_batch):
+                    found = losses(run, aligner, clips, rows[part], noise[part], t_B[part])
+                    share = len(part) / len(mine)
+                    ((found[0] + recipe.teacher.weight * found[1]) * share).backward()
+                    flow_loss, pda = (a + b.detach().cpu() * share for a, b in zip((flow_loss, pda), found, strict=True))
                 where = f"{stage} step {step}, clips {rows[mine][:4].tolist()}..."
                 norm = apply(optimizer, trained, world, config.max_grad_norm, warm(config.lr, step, config.warmup), where)
                 step += 1

@@ -70,14 +70,22 @@ def _values(r: Recipe) -> None:
     for name in positive.split():
         value = attrgetter(name)(r)
         _require(value > 0, f"{name} is {value}; it must be above 0")
-    for name in ("critic.horizon", "critic.plain_horizon", "critic.plain_weight"):
+    for name in ("critic.horizon", "critic.plain_horizon", "critic.plain_weight", "model.text_length", "model.guidance", "align.micro_batch"):
         value = attrgetter(name)(r)
         _require(value >= 0, f"{name} is {value}; it must not be below 0")
-    _require(r.save_every > 0 and r.model.text_length > 0, "save_every and model.text_length must be above 0")
+    _require(r.save_every > 0, f"save_every is {r.save_every}; it must be above 0")
     for key, value in {"teacher.block": r.teacher.block, "rl.ema": r.rl.ema, "critic.top": r.critic.top}.items():
         _require(0 <= value < 1 or (key == "critic.top" and value == 1), f"{key} is {value}; it must be in [0, 1)")
     rl = r.rl
     _require(rl.group_size >= 2, f"rl.group_size is {rl.group_size}; a group needs at least 2 samples to compare, 8 or more to learn well")
+    _require(
+        not rl.micro_batch or (rl.micro_batch > 0 and rl.group_size % rl.micro_batch == 0),
+        f"rl.micro_batch is {rl.micro_batch}; it must divide rl.group_size ({rl.group_size}), so that all forward passes have one shape",
+    )
+    _require(
+        r.model.family != "cogvideox" or not r.align.time_shift,
+        f"align.time_shift is {r.align.time_shift}; cogvideox is trained on its own discrete schedule: leave it at 0",
+    )
     _require(rl.prompts % rl.minibatches == 0, f"rl.minibatches is {rl.minibatches}; it must divide rl.prompts ({rl.prompts})")
     last = rl.window_start + rl.window + rl.window_range - 1
     _require(

@@ -29,7 +29,8 @@ class Model:
     path: str = "sandbox"  # diffusers folder, Hub name, or "sandbox" for the shipped tiny model
     family: str = "wan"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    text_length: int = 512  # tokens of the prompt, as the pipeline's max_sequence_length
+    text_length: int = 0  # tokens of the prompt, as the pipeline's max_sequence_length; 0 takes the family's own
+    guidance: float = 6.0  # the scale that a guidance-distilled transformer is told (hunyuan); not classifier-free guidance
     gradient_checkpointing: bool = False
 
 
@@ -128,6 +129,7 @@ class Align:
 
     steps: int = 200
     batch: int = 32
+    micro_batch: int = 0  # clips in one forward pass; 0 takes a process's whole share of the batch
     lr: float = 1e-4
     warmup: int = 20
     weight_decay: float = 0.01
@@ -142,6 +144,7 @@ class Reinforce:
     updates: int = 100  # rollouts; each is followed by ``epochs`` x ``minibatches`` optimizer steps
     prompts: int = 4  # groups a rollout
     group_size: int = 12
+    micro_batch: int = 0  # videos of a group in one forward pass; 0 takes the whole group
     objective: Literal["grpo", "nft", "awm"] = "grpo"
     sampler: Literal["flow", "dance", "cps"] = "flow"
     eta: float = 0.7

@@ -14,17 +14,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldo import critic, data
+from ldo import critic, data, generator, lora
 from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError, read
 from ldo.progress import Bar
 from ldo.rng import numpy_rng, torch_rng
-from ldo.run import DTYPES, quiet
+from ldo.run import DTYPES, options, quiet
 from ldo.sandbox import dataset as sandbox
 from ldo.sandbox.measure import measure
 from ldo.world_model import WorldModel
@@ -57,9 +58,10 @@ def rest_lines(recipe: Recipe) -> list[data.PromptLine]:
     return data.read_prompts(path)
 
 
-def sample(pipeline, recipe: Recipe, lines: list[data.PromptLine], name: str) -> Tensor:
+def sample(pipeline: Any, recipe: Recipe, lines: list[data.PromptLine], name: str) -> Tensor:
     """Videos [prompts x seeds, T, 3, H, W] in [0, 1], seeds of a prompt side by side, by the stock pipeline. All batches have one shape."""
     e, d = recipe.evaluate, recipe.data
+    arguments = generator.adapter(recipe.model.family)(pipeline, options(recipe)).call_arguments(e.guidance)
     jobs = [(i, s) for i in range(len(lines)) for s in range(e.seeds)]
     out = []
     with Bar(name, len(jobs)) as bar:
@@ -71,10 +73,9 @@ def sample(pipeline, recipe: Recipe, lines: list[data.PromptLine], name: str) ->
                 width=d.width,
                 num_frames=d.frames,
                 num_inference_steps=e.steps,
-                guidance_scale=e.guidance,
-                max_sequence_length=recipe.model.text_length,
                 generator=[torch_rng(recipe.seed, "evaluate", i, s) for i, s in part],
                 output_type="pt",
+                **arguments,
             )
             out.append(result.frames.float().cpu())
             bar.advance(by=len(part))
@@ -160,13 +161,13 @@ def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
     for arm in arms:
         path = folder / f"{arm}.json"
         if not path.exists():
-            from diffusers import WanPipeline
+            from diffusers import DiffusionPipeline
 
             judge = judge or WorldModel.load(world_model_path, DTYPES[recipe.world_model.dtype]).to(device)
-            pipeline = WanPipeline.from_pretrained(model_path, dtype=DTYPES[recipe.model.dtype]).to(device)
+            pipeline = DiffusionPipeline.from_pretrained(model_path, dtype=DTYPES[recipe.model.dtype]).to(device)
             pipeline.set_progress_bar_config(disable=True)
             if arm != "base":
-                pipeline.load_lora_weights(recipe.run / "lora" / arm)
+                lora.load_into(pipeline, recipe.run / "lora" / arm)
             videos = sample(pipeline, recipe, lines, f"eval {arm}")
             for k, video in enumerate(videos):
                 i, seed = divmod(k, recipe.evaluate.seeds)

@@ -93,9 +93,13 @@ def draw(paths: dict[str, np.ndarray], seed: int) -> dict:
 
 
 def write(run: Run) -> None:
-    """Write ``eval/figure.json``: the base, and the last adapter that was exported. Nothing where it is there already."""
+    """Write ``eval/figure.json``: the base, and the last adapter that was exported.
+
+    Nothing where it is there already, or where clips are not square or so short that a path has no turn.
+    """
     path = run.folder / "eval" / "figure.json"
     names = [n for n in ("ldo", "aligned", "sft") if run.lora_folder(n).is_dir()]
-    if not path.exists() and names and run.recipe.data.height == run.recipe.data.width:
+    turns = (run.recipe.data.frames - 1) // run.generator.geometry.time - 2
+    if not path.exists() and names and turns > 0 and run.recipe.data.height == run.recipe.data.width:
         adapters = {"base": lora.zeros(run.parameters), names[0]: lora.read(run.lora_folder(names[0]))}
         write_text(path, json.dumps(draw(feature_paths(run, adapters), run.seed)))

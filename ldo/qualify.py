@@ -6,10 +6,10 @@ import json
 
 import torch
 
-from ldo import flow, gate, lora
+from ldo import gate, lora
 from ldo.checkpoint import write_text
 from ldo.distributed import barrier
-from ldo.reinforce import group_noise
+from ldo.reinforce import group_noise, latent_shape
 from ldo.rollout import Plan, decode, sample
 from ldo.run import Run
 from ldo.sandbox.dataset import prompt_of
@@ -18,18 +18,18 @@ from ldo.update import TrainingError
 
 def gate_videos(run: Run) -> tuple[torch.Tensor, list] | None:
     """The base policy's own samples [P, n, T, 3, H, W] of sandbox prompts, drawn as stage 2 draws them; None elsewhere."""
-    rl, d, g = run.recipe.rl, run.recipe.data, run.recipe.gate
+    rl, g = run.recipe.rl, run.recipe.gate
     prompts = [prompt_of(line.text, line.extra) for line in run.prompts[: g.prompts]]
     if any(p is None for p in prompts):
         return None
-    times = tuple(flow.schedule(rl.steps, run.generator.shift))
+    shape = latent_shape(run)
+    times = tuple(run.generator.times(rl.steps, shape))
     plan = Plan(times, tuple(range(rl.window_start, rl.window_start + rl.window)), rl.sampler, rl.eta, rl.guidance)
-    shape = run.generator.geometry.latents(d.frames, d.height, d.width)
     null, videos = run.texts([""]), []
     with lora.swapped(run.parameters, lora.zeros(run.parameters)):
         for number, prompt in enumerate(prompts):
             noise, pushes = group_noise(run, "gate", (number,), shape, g.samples)
-            text = run.texts([prompt.caption]).repeat_interleave(g.samples, 0)
+            text = run.texts([prompt.caption]).repeat(g.samples)
             trajectory = sample(run.generator, noise.to(run.world.device), text, null, plan, pushes.to(run.world.device), g.samples)
             videos.append(decode(run.generator, trajectory.final_N, g.samples))
     return torch.stack(videos), prompts

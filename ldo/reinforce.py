@@ -9,6 +9,7 @@ Shapes: G groups of size g, N = G g samples, S stochastic steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ldo import align, checkpoint, critic, data, flow, lora, objectives
 from ldo.distributed import gather
+from ldo.generator import Text
 from ldo.metrics import Log
 from ldo.ops import group_advantage
 from ldo.progress import Bar
@@ -33,7 +35,7 @@ class Rollout:
     """One rollout of this rank: its groups' numbers within the update, texts, trajectory, advantages and references."""
 
     groups: list[int]
-    text_N: Tensor
+    text_N: Text
     plan: Plan
     trajectory: Trajectory
     advantage_N: Tensor
@@ -51,8 +53,19 @@ def make_plan(run: Run, update: int) -> Plan:
     """The sampling plan of an update; its stochastic window starts where this update's draw says."""
     rl = run.recipe.rl
     start = rl.window_start + int(numpy_rng(run.seed, "window", update).integers(rl.window_range))
-    times = flow.schedule(rl.steps, run.generator.shift)
+    times = run.generator.times(rl.steps, latent_shape(run))
     return Plan(tuple(times), tuple(range(start, start + rl.window)), rl.sampler, rl.eta, rl.guidance)
+
+
+def latent_shape(run: Run) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of the videos that are sampled."""
+    d = run.recipe.data
+    return run.generator.geometry.latents(d.frames, d.height, d.width)
+
+
+def micro_batch(run: Run) -> int:
+    """Videos of a group in one forward pass: the same in rollout and update, or the policy ratio is not 1."""
+    return run.recipe.rl.micro_batch or run.recipe.rl.group_size
 
 
 def group_noise(run: Run, purpose: str, index: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:
@@ -65,28 +78,29 @@ def group_noise(run: Run, purpose: str, index: tuple[int, ...], shape: tuple[int
 
 def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollout, dict[str, float]]:
     """Sample this rank's groups, score them, compare them. Also the figures of the rollout over all ranks."""
-    recipe, rl, d, device = run.recipe, run.recipe.rl, run.recipe.data, run.world.device
+    recipe, rl, device = run.recipe, run.recipe.rl, run.world.device
     groups = [g for part in minibatch_groups(run) for g in part]
     chosen = data.batch_indices(run.seed, "prompts", update, rl.prompts, len(run.prompts))
     lines = [run.prompts[chosen[g]] for g in groups]
     plan = make_plan(run, update)
-    shape = run.generator.geometry.latents(d.frames, d.height, d.width)
+    shape, micro = latent_shape(run), micro_batch(run)
     drawn = [group_noise(run, "rollout", (update, g), shape, rl.group_size) for g in groups]
     noise, pushes = torch.cat([n for n, _ in drawn]).to(device), torch.cat([k for _, k in drawn], 1).to(device)
-    text = run.texts([line.text for line in lines]).repeat_interleave(rl.group_size, 0)
+    text = run.texts([line.text for line in lines]).repeat(rl.group_size)
     null = run.texts([""])
-    trajectory = sample(run.generator, noise, text, null, plan, pushes, rl.group_size)
-    frames = decode(run.generator, trajectory.final_N, rl.group_size)
+    trajectory = sample(run.generator, noise, text, null, plan, pushes, micro)
+    frames = decode(run.generator, trajectory.final_N, micro)
 
     # what the stage-1 model makes of the same prompts and noise: the guards' measure
     first = slice(None, None, rl.group_size)
     still = Plan(plan.times, (), plan.sampler, 0.0, plan.guidance)
     with lora.swapped(run.parameters, reference):
-        quiet = sample(run.generator, noise[first], text[first], null, still, pushes[:0, first], len(groups)).final_N
+        few = math.gcd(len(groups), micro) if rl.micro_batch else len(groups)
+        quiet = sample(run.generator, noise[first], text[first], null, still, pushes[:0, first], few).final_N
         mean_ref = reference_means(run, trajectory, plan, text, null) if rl.kl and rl.objective == "grpo" else None
-    before = decode(run.generator, quiet, len(groups)).repeat_interleave(rl.group_size, 0)
+    before = decode(run.generator, quiet, few).repeat_interleave(rl.group_size, 0)
 
-    scored = torch.cat([part for rows in frames.split(rl.group_size) for part in [columns(run, rows)]])
+    scored = torch.cat([part for rows in frames.split(micro) for part in [columns(run, rows)]])
     penalties, weights, names = critic.guards(frames, before, recipe.critic)
     rewards = torch.cat([scored[:, :1], penalties], 1)
     ids = torch.tensor(groups, device=device).repeat_interleave(rl.group_size)
@@ -131,9 +145,9 @@ def exact(run: Run, lines: list[data.PromptLine], frames: Tensor) -> dict[str, f
 
 
 @torch.no_grad()
-def reference_means(run: Run, trajectory: Trajectory, plan: Plan, text: Tensor, null: Tensor) -> Tensor:
+def reference_means(run: Run, trajectory: Trajectory, plan: Plan, text: Text, null: Text) -> Tensor:
     """The reference's mean at every stochastic step [S, N, ...]; to be called with its values swapped in."""
-    size = run.recipe.rl.group_size
+    size = micro_batch(run)
     out = []
     for s, index in enumerate(plan.window):
         rows = zip(trajectory.x_SN[s].split(size), text.split(size), strict=True)
@@ -151,52 +165,55 @@ def micro_losses(
     rl, size = run.recipe.rl, run.recipe.rl.group_size
     null = run.texts([""])
     trajectory, plan = rollout.trajectory, rollout.plan
+    micro = micro_batch(run)
     for group in groups:
         at = rollout.groups.index(group) * size
-        rows = slice(at, at + size)
-        text, advantage = rollout.text_N[rows], rollout.advantage_N[rows]
-        if not advantage.any():  # nothing to tell apart in this group
+        if not rollout.advantage_N[at : at + size].any():  # nothing to tell apart in this group
             continue
         if rl.objective == "grpo":
             spans = [plan.times[i] - plan.times[i + 1] for i in plan.window]
             for s, index in enumerate(plan.window):
-                mean, std = step(run.generator, trajectory.x_SN[s, rows], index, plan, text, null)
-                yield objectives.grpo(
-                    mean,
-                    std,
-                    trajectory.next_SN[s, rows],
-                    trajectory.mean_SN[s, rows],
-                    trajectory.logp_SN[s, rows],
-                    None if rollout.mean_ref_SN is None else rollout.mean_ref_SN[s, rows],
-                    advantage,
-                    guard=rl.guard,
-                    clip=rl.guard_clip if rl.guard else rl.clip,
-                    # equal weight for every step, the mean of the weights being 1
-                    weight=(1 / spans[s]) / (sum(1 / a for a in spans) / len(spans)) if rl.guard else 1.0,
-                    kl=rl.kl,
-                )
+                for rows in (slice(i, i + micro) for i in range(at, at + size, micro)):
+                    mean, std = step(run.generator, trajectory.x_SN[s, rows], index, plan, rollout.text_N[rows], null)
+                    yield objectives.grpo(
+                        mean,
+                        std,
+                        trajectory.next_SN[s, rows],
+                        trajectory.mean_SN[s, rows],
+                        trajectory.logp_SN[s, rows],
+                        None if rollout.mean_ref_SN is None else rollout.mean_ref_SN[s, rows],
+                        rollout.advantage_N[rows],
+                        guard=rl.guard,
+                        clip=rl.guard_clip if rl.guard else rl.clip,
+                        # equal weight for every step, the mean of the weights being 1
+                        weight=(1 / spans[s]) / (sum(1 / a for a in spans) / len(spans)) if rl.guard else 1.0,
+                        kl=rl.kl,
+                    )
             continue
-        x0 = trajectory.final_N[rows]
         rng = torch_rng(run.seed, "levels", update, group)
         levels = torch.randperm(rl.steps - 1, generator=rng)[: rl.train_times] + 1  # not pure noise
         for level in levels.tolist():
-            noise = torch.randn(x0.shape, generator=rng).to(x0.device)
-            t_B = torch.full((size,), plan.times[level], device=x0.device)
-            x_t = flow.noisy(x0, noise, t_B)
-            v_old, v_ref = None, None
-            with torch.no_grad():
-                if old is not None:
-                    with lora.swapped(run.parameters, old):
-                        v_old = run.generator.velocity(x_t, t_B, text)
-                if rl.kl:
-                    with lora.swapped(run.parameters, reference):
-                        v_ref = run.generator.velocity(x_t, t_B, text)
-            v = run.generator.velocity(x_t, t_B, text)
-            v_old = v.detach() if v_old is None else v_old
-            if rl.objective == "nft":
-                yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
-            else:
-                yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
+            noise_g = torch.randn((size, *trajectory.final_N.shape[1:]), generator=rng)
+            for i in range(0, size, micro):
+                rows = slice(at + i, at + i + micro)
+                x0, text, advantage = trajectory.final_N[rows], rollout.text_N[rows], rollout.advantage_N[rows]
+                noise = noise_g[i : i + micro].to(x0.device)
+                t_B = torch.full((micro,), plan.times[level], device=x0.device)
+                x_t = flow.noisy(x0, noise, t_B)
+                v_old, v_ref = None, None
+                with torch.no_grad():
+                    if old is not None:
+                        with lora.swapped(run.parameters, old):
+                            v_old = run.generator.velocity(x_t, t_B, text)
+                    if rl.kl:
+                        with lora.swapped(run.parameters, reference):
+                            v_ref = run.generator.velocity(x_t, t_B, text)
+                v = run.generator.velocity(x_t, t_B, text)
+                v_old = v.detach() if v_old is None else v_old
+                if rl.objective == "nft":
+                    yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
+                else:
+                    yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
 
 
 def start_values(run: Run) -> dict[str, Tensor]:
@@ -260,7 +277,7 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
     steps = 0
     for epoch in range(rl.epochs):
         for number, groups in enumerate(minibatch_groups(run)):
-            parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times)
+            parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times) * (rl.group_size // micro_batch(run))
             first = epoch == number == 0
             for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, None if first else old, reference):
                 if first and not (loss.ratio == 1).all():
@@ -289,7 +306,8 @@ def extra_losses(run: Run, aligner: align.Aligner, index: int) -> None:
     rows = torch.from_numpy(data.batch_indices(run.seed, "reinforce clips", index, batch, len(clips)))
     rng = torch_rng(run.seed, "reinforce clips", index)
     noise = torch.randn((batch, *clips.latents.shape[1:]), generator=rng)
-    t_B = align.training_times(torch.rand(batch, generator=rng), recipe.align.time_shift or run.generator.shift)
+    t_B = run.generator.training_times(torch.rand(batch, generator=rng), tuple(clips.latents.shape[1:]), recipe.align.time_shift)
     mine = list(run.world.share(batch))
-    flow_loss, pda = align.losses(run, aligner, clips, rows[mine], noise[mine], t_B[mine])
-    (recipe.rl.flow_weight * flow_loss + recipe.rl.align_weight * pda).backward()
+    for part in align.micro_batches(mine, recipe.align.micro_batch):
+        flow_loss, pda = align.losses(run, aligner, clips, rows[part], noise[part], t_B[part])
+        ((recipe.rl.flow_weight * flow_loss + recipe.rl.align_weight * pda) * (len(part) / len(mine))).backward()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldo import flow
-from ldo.generator import Generator
+from ldo.generator import Generator, Text
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Trajectory:
     final_N: Tensor  # the video's latents
 
 
-def guided_velocity(generator: Generator, x: Tensor, t: float, text: Tensor, null: Tensor | None, guidance: float) -> Tensor:
+def guided_velocity(generator: Generator, x: Tensor, t: float, text: Text, null: Text | None, guidance: float) -> Tensor:
     """v, under classifier-free guidance where ``guidance`` is not 1: u + g (c - u), gradients through both branches."""
     t_B = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     v = generator.velocity(x, t_B, text)
     if guidance == 1.0:
         return v
-    u = generator.velocity(x, t_B, null.expand(len(x), *null.shape[1:]))
+    u = generator.velocity(x, t_B, null.expand(len(x)))
     return u + guidance * (v - u)
 
 
-def step(generator: Generator, x: Tensor, index: int, plan: Plan, text: Tensor, null: Tensor | None) -> tuple[Tensor, float]:
+def step(generator: Generator, x: Tensor, index: int, plan: Plan, text: Text, null: Text | None) -> tuple[Tensor, float]:
     """Mean and deviation of step ``index`` from x: the one place where policy, update and reference get them."""
     t, t_next = plan.times[index], plan.times[index + 1]
     v = guided_velocity(generator, x, t, text, null, plan.guidance)
@@ -63,7 +63,7 @@ def step(generator: Generator, x: Tensor, index: int, plan: Plan, text: Tensor, 
 
 
 @torch.no_grad()
-def sample(generator: Generator, noise_N: Tensor, text_N: Tensor, null: Tensor | None, plan: Plan, kicks_SN: Tensor, micro: int) -> Trajectory:
+def sample(generator: Generator, noise_N: Tensor, text_N: Text, null: Text | None, plan: Plan, kicks_SN: Tensor, micro: int) -> Trajectory:
     """Sample N videos in micro-batches of ``micro``; ``kicks_SN`` is the standard normal noise of the stochastic steps."""
     assert len(noise_N) % micro == 0, "micro-batches must have one shape"
     parts: list[Sequence[Tensor]] = []

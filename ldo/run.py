@@ -15,7 +15,7 @@ from ldo import data, generator, lora
 from ldo.check import Checked
 from ldo.config import Recipe
 from ldo.distributed import World, barrier
-from ldo.generator import Generator
+from ldo.generator import Generator, Options, Text
 from ldo.progress import batches
 from ldo.sandbox import dataset as sandbox
 from ldo.world_model import WorldModel
@@ -61,7 +61,8 @@ class Run:
         """Write an adapter for the stock pipeline and for ComfyUI."""
         if self.world.first:
             adapter = self.recipe.lora
-            lora.export(self.lora_folder(stage), values, adapter.rank, adapter.alpha, self.generator.lora_targets, self.generator.comfy_names(values))
+            comfy = {name: self.generator.comfy_names(lora.of(values, name)) for name in self.generator.transformers}
+            lora.export(self.lora_folder(stage), values, adapter.rank, adapter.alpha, self.generator.lora_targets, comfy)
         barrier(self.world)
 
     def frames_of(self, clips: list[data.Clip]) -> Tensor:
@@ -75,13 +76,13 @@ class Texts:
     def __init__(self, run: Run):
         self._run, self._known = run, {}
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Embeddings [B, L, E] on the run's device."""
+    def __call__(self, prompts: list[str]) -> Text:
+        """Embeddings on the run's device."""
         new = sorted(set(prompts) - set(self._known))
         for i in range(0, len(new), 32):
-            for text, row in zip(new[i : i + 32], self._run.generator.encode_text(new[i : i + 32]).cpu(), strict=True):
-                self._known[text] = row
-        return torch.stack([self._known[p] for p in prompts]).to(self._run.world.device)
+            made = self._run.generator.encode_text(new[i : i + 32]).to("cpu")
+            self._known |= dict(zip(new[i : i + 32], made.split(1), strict=True))
+        return Text.cat([self._known[p] for p in prompts]).to(self._run.world.device)
 
 
 def quiet() -> None:
@@ -91,6 +92,11 @@ def quiet() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def options(recipe: Recipe) -> Options:
+    """What the recipe tells a generator beyond its weights."""
+    return Options(recipe.model.text_length, recipe.data.fps, recipe.model.guidance)
 
 
 def load(checked: Checked, world: World) -> Run:
@@ -104,12 +110,13 @@ def load(checked: Checked, world: World) -> Run:
             sandbox.write_prompts(path, recipe.data.prompt_count, recipe.seed)
         barrier(world)
         prompts = data.read_prompts(path)
-    model = generator.load(recipe.model.family, checked.model, DTYPES[recipe.model.dtype], recipe.model.text_length)
+    model = generator.load(recipe.model.family, checked.model, DTYPES[recipe.model.dtype], options(recipe))
     model.pipeline.to(world.device)
     judge = WorldModel.load(checked.world_model, DTYPES[recipe.world_model.dtype]).to(world.device)
     if recipe.model.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
-    parameters = lora.add(model.transformer, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
+        for transformer in model.transformers.values():
+            transformer.enable_gradient_checkpointing()
+    parameters = lora.add(model.transformers, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
     count = sum(p.numel() for p in parameters.values())
     log.info("generator: %s, LoRA rank %d on %d layers, %.2f M weights", checked.model, recipe.lora.rank, len(parameters) // 2, count / 1e6)
     return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips)

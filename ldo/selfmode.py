@@ -8,7 +8,7 @@ import shutil
 
 import torch
 
-from ldo import data, flow, lora
+from ldo import data, lora
 from ldo.distributed import barrier
 from ldo.rng import torch_rng
 from ldo.rollout import Plan, decode, kicks, sample
@@ -27,9 +27,9 @@ def own_clips(run: Run) -> list[data.Clip]:
         log.info("self mode: sampling %d clips from the base model", d.clips)
         part = folder.with_name("self.part")
         shutil.rmtree(part, ignore_errors=True)
-        plan = Plan(tuple(flow.schedule(recipe.evaluate.steps, run.generator.shift)), (), "flow", 0.0, recipe.evaluate.guidance)
-        null = run.texts([""])
         shape = run.generator.geometry.latents(d.frames, d.height, d.width)
+        plan = Plan(tuple(run.generator.times(recipe.evaluate.steps, shape)), (), "flow", 0.0, recipe.evaluate.guidance)
+        null = run.texts([""])
         lines = []
         with lora.swapped(run.parameters, lora.zeros(run.parameters)):
             for rows in in_batches(run, "self", d.clips, BATCH):

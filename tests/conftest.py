@@ -45,7 +45,7 @@ def vjepa_folder(tmp_path_factory):
 @pytest.fixture
 def wan(wan_folder):
     """A fresh generator: tests put adapters on it."""
-    return generator.load("wan", wan_folder, text_length=16)
+    return generator.load("wan", wan_folder, options=generator.Options(text_length=16))
 
 
 @pytest.fixture(scope="session")

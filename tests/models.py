@@ -1,53 +1,226 @@
-"""Tiny models with random weights in the real formats: a WanPipeline folder and a V-JEPA 2 folder."""
+"""Tiny models with random weights in the real formats: a pipeline folder of each family and a V-JEPA 2 folder."""
 
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, VJEPA2Config, VJEPA2Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    VJEPA2Config,
+    VJEPA2Model,
+)
 
 from ldo.sandbox.simulate import NAMES
 
 WORDS = sorted({*NAMES, *["a", "and", "ball", "rolls", "slowly", "quickly", "to", "the", "right", "left", "up", "down", "is", "thrown", "dropped"]})
 
 
-def write_wan(folder: Path, seed: int = 0) -> Path:
-    """A Wan pipeline of some 50,000 weights: VAE 4x in time and space, 2 blocks of width 32."""
-    torch.manual_seed(seed)
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, unk_token="<unk>"))
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    words = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def write_wan(folder: Path, seed: int = 0, experts: int = 1, expand: bool = False) -> Path:
+    """A Wan pipeline of some 50,000 weights: VAE 4x in time and space, 2 blocks of width 32.
+
+    ``experts`` = 2 is the form of Wan2.2-A14B; ``expand`` that of the 5B: a time for each token, a patched residual VAE.
+    """
+    torch.manual_seed(seed)
+    words = tokenizer()
     text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1, dropout_rate=0.0)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-        latents_mean=[0.1, 0.0, -0.1, 0.2],
-        latents_std=[1.0, 0.9, 1.1, 0.8],
+    form = (
+        dict(is_residual=True, dim_mult=[1, 2, 2], patch_size=2, in_channels=12, out_channels=12, decoder_base_dim=4, scale_factor_spatial=8)
+        if expand
+        else {}
     )
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+    vae = AutoencoderKLWan(
+        **dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_temporal=4)
+        | dict(scale_factor_spatial=4, latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.0, 0.9, 1.1, 0.8])
+        | form
+    )
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=64,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for _ in range(experts)
+    ]
+    for transformer in transformers:
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0)
+    pipeline = WanPipeline(
+        tokenizer=words,
+        text_encoder=UMT5EncoderModel(text),
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformers[0],
+        transformer_2=transformers[1] if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None,
+        expand_timesteps=expand,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _t5(words: PreTrainedTokenizerFast) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, dropout_rate=0.0))
+
+
+def write_cogvideox(folder: Path, seed: int = 0, rotary: bool = True) -> Path:
+    """CogVideoX, the 5B's form with rotary positions or the 2B's with a table of them; VAE 4x in time, 8x in space."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+        scaling_factor=0.7,
+    )
+    transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
         out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=64,
+        time_embed_dim=16,
+        text_embed_dim=16,
         num_layers=2,
-        rope_max_seq_len=32,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=17,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=rotary,
     )
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0)
-    pipeline = WanPipeline(tokenizer=words, text_encoder=UMT5EncoderModel(text), vae=vae, scheduler=scheduler, transformer=transformer)
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0 if rotary else 3.0,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    pipeline = diffusers.CogVideoXPipeline(tokenizer=words, text_encoder=_t5(words), vae=vae, transformer=transformer, scheduler=scheduler)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def write_hunyuan(folder: Path, seed: int = 0) -> Path:
+    """HunyuanVideo: one double- and one single-stream block; VAE 4x in time, 8x in space."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    llama = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
+    )
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=2,
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+    )
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
+    pipeline = diffusers.HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama),
+        tokenizer=words,
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip),
+        tokenizer_2=words,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def write_ltx(folder: Path, seed: int = 0) -> Path:
+    """LTX-Video; VAE 8x in time, 16x in space."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(4, 4, 4, 8),
+        decoder_block_out_channels=(4, 4, 4, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        patch_size=2,
+    )
+    vae.latents_mean.normal_(std=0.1)
+    vae.latents_std.uniform_(0.7, 1.3)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=1024, base_shift=0.95, max_image_seq_len=4096, max_shift=2.05, shift_terminal=0.1
+    )
+    pipeline = diffusers.LTXPipeline(scheduler=scheduler, vae=vae, text_encoder=_t5(words), tokenizer=words, transformer=transformer)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {
+    "wan": write_wan,
+    "wan2.2-5b": lambda folder: write_wan(folder, expand=True),
+    "wan2.2-a14b": lambda folder: write_wan(folder, experts=2),
+    "cogvideox-2b": lambda folder: write_cogvideox(folder, rotary=False),
+    "cogvideox-5b": write_cogvideox,
+    "hunyuan": write_hunyuan,
+    "ltx": write_ltx,
+}
 
 
 def write_vjepa(folder: Path, seed: int = 0, crop: int = 32) -> Path:

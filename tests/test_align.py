@@ -90,10 +90,14 @@ def test_block_is_a_share_of_depth(open_run):
     assert [align.block_index(open_run(teacher__block=b)) for b in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 1, 1]
 
 
-def test_training_times_follow_the_samplers_spacing():
-    u = torch.tensor([0.0, 0.5, 1.0])
-    assert torch.allclose(align.training_times(u, 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    assert torch.equal(align.training_times(u, 1.0), u)
+def test_micro_batches_add_up_to_the_step(open_run):
+    """Without the teacher, whose pairs are averaged over a forward pass, the same steps but for rounding."""
+    whole = align.train(open_run(), "sft")
+    shutil.rmtree(open_run().folder)
+    parts = align.train(open_run(align__micro_batch=1), "sft")
+    assert align.micro_batches([5, 6, 7, 8, 9], 2) == [[5, 6], [7, 8], [9]]
+    assert all(torch.allclose(parts[k], v, atol=1e-4) for k, v in whole.items())
+    assert any(not torch.equal(v, open_run().fresh[k]) for k, v in whole.items())
 
 
 def test_self_mode_trains_on_the_models_own_videos(open_run):

@@ -30,7 +30,7 @@ def test_text_is_the_pipelines(wan):
     prompts = ["a red ball rolls", "a blue ball is thrown to the left"]
     with torch.no_grad():
         expected, _ = wan.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=16)
-    assert torch.equal(wan.encode_text(prompts), expected)
+    assert torch.equal(wan.encode_text(prompts).tensors["embeds"], expected)
     assert (expected[0, 5:] == 0).all()  # past the prompt's end the pipeline leaves zeros, unmasked
 
 
@@ -66,7 +66,7 @@ def test_rollout_without_noise_is_the_stock_pipeline_with_an_euler_step(wan):
     stock = wan.pipeline(prompts, **size, num_inference_steps=8, guidance_scale=2.5, latents=noise, output_type="pt").frames
     exact = wan.velocity  # the pipeline rounds the model's time down to whole thousandths
     wan.velocity = lambda x, t, text: exact(x, (t * 1000).floor() / 1000, text)
-    plan = Plan(tuple(flow.schedule(8, wan.shift)), (), "flow", 0.0, 2.5)
+    plan = Plan(tuple(wan.times(8, noise.shape[1:])), (), "flow", 0.0, 2.5)
     text, null = wan.encode_text(prompts), wan.encode_text([""])
     own = sample(wan, noise, text, null, plan, kicks(noise.shape, 0, torch.Generator()), 4).final_N
     assert (decode(wan, own, 4) - stock).abs().max() < 1e-4

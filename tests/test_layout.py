@@ -18,8 +18,8 @@ FLOORS = [
         "data lora generator.protocol sandbox.scenes sandbox.observe update objectives "
         "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
     ),
-    "generator.wan sandbox.corrupt sandbox.measure teacher critic report report.page",
-    "generator sandbox.dataset",
+    "generator.base sandbox.corrupt sandbox.measure teacher critic report report.page",
+    "generator.wan generator.cogvideox generator.hunyuan generator.ltx generator sandbox.dataset",
     "rollout",
     "check run gate",
     "selfmode evaluate",

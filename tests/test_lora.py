@@ -13,12 +13,16 @@ from ldo import generator, lora
 
 def trained(wan, rank=4, alpha=8.0):
     """An adapter with something in it."""
-    parameters = lora.add(wan.transformer, rank, alpha, wan.lora_targets, seed=0)
+    parameters = lora.add(wan.transformers, rank, alpha, wan.lora_targets, seed=0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in parameters.values():
             p.normal_(0, 0.3, generator=rng)
     return parameters
+
+
+def comfy(wan, values):
+    return {"transformer": wan.comfy_names(lora.of(values, "transformer"))}
 
 
 def output(transformer):
@@ -31,10 +35,10 @@ def test_fresh_adapter_changes_nothing_and_is_a_function_of_the_seed(wan, wan_fo
     before = output(wan.transformer)
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    parameters = lora.add(wan.transformer, 4, 8.0, wan.lora_targets, seed=0)
+    parameters = lora.add(wan.transformers, 4, 8.0, wan.lora_targets, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(output(wan.transformer), before)
-    again = lora.add(generator.load("wan", wan_folder).transformer, 4, 8.0, wan.lora_targets, seed=0)
+    again = lora.add(generator.load("wan", wan_folder).transformers, 4, 8.0, wan.lora_targets, seed=0)
     assert all(torch.equal(parameters[k], again[k]) for k in again)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in parameters.values())
     assert sum(p.requires_grad for p in wan.transformer.parameters()) == len(parameters) == 2 * 10 * 2  # A and B, 10 layers a block
@@ -56,7 +60,7 @@ def test_stock_pipeline_reproduces_the_trained_model_exactly(wan, wan_folder, tm
     parameters = trained(wan, rank, alpha)
     expected = output(wan.transformer)
     values = lora.snapshot(parameters)
-    lora.export(tmp_path, values, rank, alpha, wan.lora_targets, wan.comfy_names(values))
+    lora.export(tmp_path, values, rank, alpha, wan.lora_targets, comfy(wan, values))
     stock = WanPipeline.from_pretrained(wan_folder)
     assert not torch.allclose(output(stock.transformer), expected, atol=1e-2)
     stock.load_lora_weights(tmp_path)
@@ -67,21 +71,21 @@ def test_comfy_file_round_trips(wan, wan_folder, tmp_path):
     """ComfyUI's names with .alpha tensors, which diffusers reads too: exactly for alpha / rank a power of two."""
     parameters = trained(wan, 4, 8.0)
     values = lora.snapshot(parameters)
-    lora.export(tmp_path, values, 4, 8.0, wan.lora_targets, wan.comfy_names(values))
-    names = load_file(tmp_path / lora.COMFY)
+    lora.export(tmp_path, values, 4, 8.0, wan.lora_targets, comfy(wan, values))
+    names = load_file(tmp_path / lora.COMFY["transformer"])
     assert "diffusion_model.blocks.0.self_attn.q.lora_down.weight" in names and "diffusion_model.blocks.1.ffn.2.lora_up.weight" in names
     alphas = [v for k, v in names.items() if k.endswith(".alpha")]
     assert len(alphas) == 20 and all(float(a) == 8.0 for a in alphas)
     stock = WanPipeline.from_pretrained(wan_folder)
-    stock.load_lora_weights(tmp_path, weight_name=lora.COMFY)
+    stock.load_lora_weights(tmp_path, weight_name=lora.COMFY["transformer"])
     assert (output(stock.transformer) - output(wan.transformer)).abs().max() == 0.0
 
 
 def test_export_is_reproducible_to_the_byte(wan, tmp_path):
     values = lora.snapshot(trained(wan))
     for name in "ab":
-        lora.export(tmp_path / name, values, 4, 8.0, wan.lora_targets, wan.comfy_names(values))
-    assert (tmp_path / "a" / lora.WEIGHTS).read_bytes() == (tmp_path / "b" / lora.WEIGHTS).read_bytes()
-    with safe_open(tmp_path / "a" / lora.WEIGHTS, "pt") as file:
+        lora.export(tmp_path / name, values, 4, 8.0, wan.lora_targets, comfy(wan, values))
+    assert (tmp_path / "a" / lora.WEIGHTS["transformer"]).read_bytes() == (tmp_path / "b" / lora.WEIGHTS["transformer"]).read_bytes()
+    with safe_open(tmp_path / "a" / lora.WEIGHTS["transformer"], "pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == 4 and config["transformer.lora_alpha"] == 8.0

@@ -111,6 +111,25 @@ def test_goes_on_from_stage_one_and_needs_it(open_run):
     assert reinforce.start_values(alone) is alone.fresh
 
 
+@pytest.mark.parametrize("objective", ["grpo", "nft", "awm"])
+def test_micro_batches_change_no_update_but_by_rounding(open_run, objective):
+    """Half a group a forward pass: the same rollouts, advantages and gradients, and a ratio of exactly 1 (which ``learn`` asserts)."""
+    figures, gradients = [], []
+    for micro in (0, 2):
+        run = open_run(**ONLY, rl__objective=objective, rl__micro_batch=micro, rl__updates=1, rl__minibatches=1)
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                reinforce, "apply", lambda _o, trained, *_, seen=seen: seen.append([p.grad.clone() for p in trained if p.grad is not None]) or 0.0
+            )
+            rollout, found = reinforce.collect(run, 0, run.fresh)
+            reinforce.learn(run, rollout, 0, torch.optim.SGD(list(run.parameters.values()), 0.1), run.fresh)
+        figures.append(found["reward"])
+        gradients.append(torch.cat([g.flatten() for g in seen[0]]))
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5) and gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
 def test_guidance_and_unshared_noise(open_run):
     run = open_run(**ONLY, rl__guidance=2.0, rl__shared_noise=False, rl__updates=1)
     rollout, _ = reinforce.collect(run, 0, run.fresh)

@@ -6,8 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FAMILIES = ("wan",)
-_PIPELINES = {"WanPipeline": "wan"}
+PIPELINES = {
+    "WanPipeline": "wan",
+    "CogVideoXPipeline": "cogvideox",
+    "HunyuanVideoPipeline": "hunyuan",
+    "LTXPipeline": "ltx",
+}
+FAMILIES = tuple(PIPELINES.values())
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,29 @@ class Geometry:
         return t // self.patch[0], h // self.patch[1], w // self.patch[2]
 
 
+def geometry(family: str, vae: dict, transformer: dict) -> Geometry:
+    """The geometry that two configurations (``config.json`` as a dict) describe. ValueError for one that is not supported."""
+    blocks = transformer["num_layers"] + transformer.get("num_single_layers", 0)
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    patch = transformer.get("patch_size", 1)
+    patch = tuple(patch) if isinstance(patch, list | tuple) else (transformer.get("patch_size_t") or 1, patch, patch)
+    if patch[0] != 1:
+        raise ValueError(
+            f"its transformer's tokens span {patch[0]} latent frames (CogVideoX 1.5 does so); only tokens of one latent frame can be aligned"
+        )
+    if family == "wan":
+        time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    elif family == "cogvideox":
+        time, space = vae.get("temporal_compression_ratio", 4), 2 ** (len(vae["block_out_channels"]) - 1)
+    elif family == "hunyuan":
+        time, space = vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
+    else:
+        halvings = sum(vae["spatio_temporal_scaling"])
+        time = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2**halvings
+        space = vae.get("spatial_compression_ratio") or vae["patch_size"] * 2**halvings
+    return Geometry(time, space, patch, transformer["in_channels"], blocks, width)
+
+
 def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
@@ -54,15 +82,10 @@ def read_geometry(path: Path) -> tuple[str, Geometry]:
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline folder: it has no model_index.json")
     name = _json(path / "model_index.json").get("_class_name")
-    if name not in _PIPELINES:
-        raise ValueError(f"{path} holds a {name}; supported: {', '.join(_PIPELINES)}")
+    if name not in PIPELINES:
+        raise ValueError(f"{path} holds a {name}; supported: {', '.join(PIPELINES)}")
     vae, transformer = _json(path / "vae" / "config.json"), _json(path / "transformer" / "config.json")
-    geometry = Geometry(
-        time=vae.get("scale_factor_temporal", 4),
-        space=vae.get("scale_factor_spatial", 8),
-        patch=tuple(transformer["patch_size"]),
-        channels=transformer["in_channels"],
-        blocks=transformer["num_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
-    )
-    return _PIPELINES[name], geometry
+    try:
+        return PIPELINES[name], geometry(PIPELINES[name], vae, transformer)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: its configuration lacks {error}") from None

@@ -71,7 +71,7 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
     world.train_predictor(work, "cpu", forever, vae.load(work), steps=2, batch=2)
     base.train(work, "cpu", forever, vae.load(work), steps=2, fine=2, batch=2)
     save(work, tmp_path / "wan", tmp_path / "vjepa2")
-    model = generator.load("wan", tmp_path / "wan", text_length=base.LENGTH)
+    model = generator.load("wan", tmp_path / "wan", options=generator.Options(text_length=base.LENGTH))
     assert calibrate.fingerprint(model.pipeline.vae) == limits["vae"]
     judge = WorldModel.load(tmp_path / "vjepa2")
     assert judge.crop == 32 and judge.tubelet == 2

@@ -1,0 +1,91 @@
+"""CogVideoX text-to-video: a variance-preserving diffusion with v-prediction on a discrete schedule, seen as a flow.
+
+Its process z_k = a x_0 + s e, a = sqrt(alphas_cumprod[k]), s = sqrt(1 - a^2), and the flow x_t = (1 - t) x_0 + t e are
+the same up to scale: x_t = z_k / (a + s) with t = s / (a + s). From the network's v = a e - s x_0 follow
+
+    x_0 = a z - s v,  e = s z + a v,  e - x_0 = (s - a) z + (a + s) v
+
+so an Euler step of the flow is the stock DDIM step, and every sampler of ``ldo.flow`` has its exact density here too.
+Times are those of the 1000 discrete steps. The family trains the mean of (v - v*)^2, which is the squared error of e - x_0
+over (a + s)^2 = 1 / (t^2 + (1 - t)^2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldo.generator.base import Adapter
+from ldo.generator.protocol import Options, Text
+
+
+class CogVideoX(Adapter):
+    """Adapter around a stock ``CogVideoXPipeline``."""
+
+    family = "cogvideox"
+    text_length = 226
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def __init__(self, pipeline: Any, options: Options):
+        super().__init__(pipeline, options)
+        config = pipeline.scheduler.config
+        if config.prediction_type != "v_prediction":
+            raise ValueError(f"cogvideox: its scheduler says {config.prediction_type}; a v_prediction model is needed")
+        if not self.transformer.config.use_rotary_positional_embeddings:
+            self.text_length = self.transformer.config.max_text_seq_length  # its position table starts after that many
+        alpha = pipeline.scheduler.alphas_cumprod.double()
+        a, s = alpha.sqrt(), (1 - alpha).sqrt()
+        self._table = s / (a + s)  # t of each discrete step, rising
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Text:
+        embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device)
+        return Text({"embeds": embeds})
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return z * self.vae.config.scaling_factor
+
+    def restore(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor
+
+    def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return [*(float(self._table[k]) for k in scheduler.timesteps), 0.0]
+
+    def training_times(self, u_B: Tensor, shape: tuple[int, ...], shift: float = 0.0) -> Tensor:
+        return self._table.to(u_B.device)[(u_B * len(self._table)).long()].to(u_B.dtype)
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        raise NotImplementedError("cogvideox has a noise schedule of its own, not a flow shift")
+
+    def flow_loss(self, v: Tensor, target: Tensor, t_B: Tensor) -> Tensor:
+        t = t_B.view(-1, *[1] * (v.ndim - 1))
+        return ((v - target).square() * (t.square() + (1 - t).square())).mean()
+
+    def discrete(self, t_B: Tensor) -> Tensor:
+        """The discrete step nearest to each time [B]."""
+        table = self._table.to(t_B.device)
+        above = torch.searchsorted(table, t_B.double()).clamp(1, len(table) - 1)
+        return above - (t_B - table[above - 1] < table[above] - t_B).long()
+
+    def predict(self, name: str, x: Tensor, t_B: Tensor, text: Text) -> Tensor:
+        transformer = self.transformers[name]
+        t = t_B.float().view(-1, *[1] * (x.ndim - 1))
+        scale = (t.square() + (1 - t).square()).rsqrt()  # a + s
+        a, s = (1 - t) * scale, t * scale
+        z = scale * x
+        rotary = None
+        if transformer.config.use_rotary_positional_embeddings:
+            height, width = (n * self.geometry.space for n in x.shape[-2:])
+            rotary = self.pipeline._prepare_rotary_positional_embeddings(height, width, x.shape[2], x.device)
+        out = transformer(
+            hidden_states=z.transpose(1, 2).to(transformer.dtype),
+            encoder_hidden_states=text.tensors["embeds"].to(transformer.dtype),
+            timestep=self.discrete(t_B),
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        return (s - a) * z + scale * out.float().transpose(1, 2)
