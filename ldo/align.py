@@ -7,54 +7,24 @@ The ``sft`` stage is the control: the same clips, noise, times and steps without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ldo import checkpoint, data, flow, lora
+from ldo import checkpoint, flow, lora
+from ldo.encode import Clips, batch, prepare
 from ldo.metrics import Log
 from ldo.progress import Bar
 from ldo.rng import torch_rng
-from ldo.run import Run, in_batches, sandbox_clips
-from ldo.selfmode import own_clips
-from ldo.teacher import Aligner, Target, make_target
+from ldo.run import Run
+from ldo.teacher import Aligner
 from ldo.update import apply, warm
 
 HELD_OUT = (0.2, 0.5, 0.8)  # noise levels of the held-out loss
 
 
-@dataclass(frozen=True)
-class Clips:
-    """Latents, text embeddings' prompts and teacher targets of all clips, made once a run and kept in memory."""
-
-    latents: Tensor
-    prompts: list[str]
-    target: Target
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-
-def prepare(run: Run) -> Clips:
-    """Encode every clip once with the VAE and the world model."""
-    if run.prepared is not None:
-        return run.prepared
-    recipe = run.recipe
-    clips = run.clips
-    if recipe.data.source == "self":
-        clips = own_clips(run)
-    elif clips is None:
-        clips = sandbox_clips(run)
-    latents, targets = [], []
-    for rows in in_batches(run, "encode", len(clips)):
-        frames = run.frames_of(clips[rows]).to(run.world.device)
-        latents.append(run.generator.encode_video(frames).cpu())
-        targets.append(make_target(run.judge, frames, recipe.teacher).to(torch.device("cpu")))
-    first = targets[0]
-    target = Target(torch.cat([t.y_BNE for t in targets]), torch.cat([t.weight_BN for t in targets]), first.grid, first.skip)
-    run.prepared = Clips(torch.cat(latents), [c.text for c in clips], target)
-    return run.prepared
+def latent_shape(run: Run, clips: Clips, rows: Tensor) -> tuple[int, ...]:
+    """Shape (C, T, H, W) of the latents of some rows of one size."""
+    return run.generator.geometry.latents(*clips.sizes[int(rows[0])])
 
 
 def block_index(run: Run) -> int:
@@ -64,9 +34,10 @@ def block_index(run: Run) -> int:
 
 
 def losses(run: Run, aligner: Aligner | None, clips: Clips, rows: Tensor, noise: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Flow loss and L_PDA (0 without an aligner) of some clips at given noise and times."""
+    """Flow loss and L_PDA (0 without an aligner) of some clips of one size at given noise and times."""
     device = run.world.device
-    x0, noise, t_B = clips.latents[rows].to(device), noise.to(device), t_B.to(device)
+    latents, target = clips.take(rows)
+    x0, noise, t_B = latents.to(device), noise.to(device), t_B.to(device)
     text = run.texts([clips.prompts[i] for i in rows.tolist()])
     x = flow.noisy(x0, noise, t_B)
     if aligner is None:
@@ -75,7 +46,7 @@ def losses(run: Run, aligner: Aligner | None, clips: Clips, rows: Tensor, noise:
     else:
         with run.generator.tap(block_index(run)) as tap:
             v = run.generator.velocity(x, t_B, text)
-        pda = aligner(tap.take(), clips.target.take(rows).to(device))
+        pda = aligner(tap.take(), target.to(device))
     return run.generator.flow_loss(v, noise - x0, t_B), pda
 
 
@@ -111,14 +82,14 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
             aligner.load_state_dict(state["aligner"])
     if step < config.steps:
         clips = prepare(run)
-        kept = max(len(clips) - min(32, len(clips) // 8), 1)  # the last ones are held out
+        kept, left = clips.split()
         log = Log(run.folder, stage, step, world.first)
-        shape = tuple(clips.latents.shape[1:])
         with Bar(stage, config.steps, step, world.first) as bar:
             while step < config.steps:
-                rows = torch.from_numpy(data.batch_indices(recipe.seed, "align", step, config.batch, kept))
+                rows = batch(kept, recipe.seed, "align", step, config.batch)
                 rng = torch_rng(recipe.seed, "align", step)
-                noise = torch.randn((config.batch, *clips.latents.shape[1:]), generator=rng)
+                shape = latent_shape(run, clips, rows)
+                noise = torch.randn((config.batch, *shape), generator=rng)
                 t_B = run.generator.training_times(torch.rand(config.batch, generator=rng), shape, config.time_shift)
                 mine = list(world.share(config.batch))
                 flow_loss, pda = torch.zeros(()), torch.zeros(())
@@ -132,7 +103,7 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
                 step += 1
                 figures = {"flow_loss": flow_loss.item(), "pda_loss": pda.item(), "grad_norm": norm}
                 if step % recipe.save_every == 0 or step == config.steps:
-                    figures |= held_out(run, aligner, clips, kept)
+                    figures |= held_out(run, aligner, clips, left)
                 log.write(step - 1, **figures)
                 if step % recipe.save_every == 0 or step == config.steps:
                     save(run, stage, step, optimizer, aligner)
@@ -151,14 +122,20 @@ def save(run: Run, stage: str, step: int, optimizer: torch.optim.Optimizer, alig
 
 
 @torch.no_grad()
-def held_out(run: Run, aligner: Aligner | None, clips: Clips, kept: int) -> dict[str, float]:
+def held_out(run: Run, aligner: Aligner | None, clips: Clips, left: list[list[int]]) -> dict[str, float]:
     """Losses on held-out clips at fixed noise levels and fixed noise: comparable from step to step."""
-    rows = torch.arange(kept, len(clips)) if kept < len(clips) else torch.arange(min(32, len(clips)))
-    noise = torch.randn((len(rows), *clips.latents.shape[1:]), generator=torch_rng(run.seed, "held out"))
+    if not any(left):  # too few clips to hold any out
+        left = [rows[:32] for rows in clips.buckets()]
+    rng = torch_rng(run.seed, "held out")
+    parts = []
+    for rows in filter(None, left):
+        noise = torch.randn((len(rows), *latent_shape(run, clips, torch.tensor(rows))), generator=rng)
+        parts += [(torch.tensor(rows)[at], noise[at]) for at in micro_batches(list(range(len(rows))), run.recipe.align.micro_batch)]
+    count = sum(len(rows) for rows, _ in parts)
     figures = {}
     total = 0.0
     for t in HELD_OUT:
-        flow_loss, pda = losses(run, aligner, clips, rows, noise, torch.full((len(rows),), t))
-        figures[f"held_out_flow_{t}"] = flow_loss.item()
-        total += pda.item() / len(HELD_OUT)
+        found = [(len(rows) / count, losses(run, aligner, clips, rows, noise, torch.full((len(rows),), t))) for rows, noise in parts]
+        figures[f"held_out_flow_{t}"] = sum(share * loss.item() for share, (loss, _) in found)
+        total += sum(share * pda.item() for share, (_, pda) in found) / len(HELD_OUT)
     return figures | ({"held_out_pda": total} if aligner else {})

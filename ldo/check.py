@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from ldo import data
+from ldo import data, hub, video
 from ldo.config import STAGES, Recipe, RecipeError, read
 from ldo.generator.folder import FAMILIES, Geometry, read_geometry
 from ldo.sandbox import dataset as sandbox
@@ -37,16 +37,27 @@ class Checked:
 def check(recipe: Recipe) -> Checked:
     """Validate a recipe's values, its model folders and its data. RecipeError on the first thing wrong."""
     _values(recipe)
+    _buckets(recipe)
     model, geometry = _generator(recipe)
     _windows(recipe)
     world_model = _world_model(recipe)
-    clips = None
-    if recipe.data.source == "videos" and recipe.data.videos != "sandbox" and {"sft", "align"} & set(recipe.stages):
-        clips = data.read_folder(Path(recipe.data.videos), recipe.data.frames, recipe.data.fps)
+    clips = _clips(recipe)
     prompts = None if recipe.data.prompts == "sandbox" else data.read_prompts(Path(recipe.data.prompts))
     if recipe.evaluate.prompts != "sandbox":
         data.read_prompts(Path(recipe.evaluate.prompts), "evaluate.prompts")
     return Checked(recipe, model, world_model, geometry, clips, prompts)
+
+
+def _clips(r: Recipe) -> list[data.Clip] | None:
+    """The user's own clips, every one of them probed; None where there are none or no stage needs them."""
+    d, needed = r.data, {"sft", "align"} & set(r.stages) or ("reinforce" in r.stages and (r.rl.align_weight or r.rl.flow_weight))
+    own = d.source == "videos" and d.videos != "sandbox"
+    _require(own or not d.buckets, "data.buckets sorts videos of your own; without data.videos=FOLDER leave it out")
+    _require(d.decoder == "pyav" or video.have_torchcodec(), "data.decoder is torchcodec, which cannot be imported here; install it, or use pyav")
+    if not own or not needed:
+        return None
+    folder = hub.clips_folder(d.videos, d.caption, r.cache) if hub.is_dataset(d.videos) else Path(d.videos)
+    return data.read_folder(folder, d, r.cache, r.run / "clips-report.jsonl")
 
 
 def _require(fine: bool, message: str) -> None:
@@ -105,9 +116,21 @@ def _values(r: Recipe) -> None:
     )
 
 
+def _buckets(r: Recipe) -> None:
+    """Buckets are sizes, each named once."""
+    for size in r.data.buckets:
+        _require(len(size) == 3 and min(size) > 0, f"data.buckets: {list(size)} is not a size; write [frames, height, width]")
+    _require(len(set(r.data.buckets)) == len(r.data.buckets), "data.buckets names a size twice; leave one out")
+
+
 def _windows(r: Recipe) -> None:
     """Windows fit into clips, contexts into windows."""
     teacher, critic, left = r.teacher, r.critic, r.data.frames - 1
+    for size in r.data.buckets:
+        _require(
+            teacher.window <= size[0] - 1,
+            f"data.buckets: {list(size)} leaves {size[0] - 1} frames after the first and teacher.window is {teacher.window}; use longer clips",
+        )
     _require(len(critic.contexts) > 0, "critic.contexts is empty; give at least one, e.g. [4, 8]")
     for key, window, contexts in (("teacher.context", teacher.window, (teacher.context,)), ("critic.contexts", critic.window, critic.contexts)):
         for context in contexts:
@@ -143,8 +166,9 @@ def _generator(r: Recipe) -> tuple[str, Geometry | None]:
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from None
     _require(family == r.model.family, f"model.family is {r.model.family!r}, but {folder} holds a {family} model; set model.family={family}")
-    problem = geometry.problem(r.data.frames, r.data.height, r.data.width)
-    _require(problem is None, f"data: {problem}")
+    for where, size in [("data", (r.data.frames, r.data.height, r.data.width)), *((f"data.buckets {list(b)}", b) for b in r.data.buckets)]:
+        problem = geometry.problem(*size)
+        _require(problem is None, f"{where}: {problem}")
     return str(folder), geometry
 
 
@@ -162,7 +186,8 @@ def _world_model(r: Recipe) -> str:
     sizes |= {"critic.window": r.critic.window, **{f"critic.contexts ({c})": c for c in r.critic.contexts}}
     for key, value in sizes.items():
         _require(value % tubelet == 0, f"{key} is {value}; it must be a multiple of the world model's tubelets of {tubelet} frames")
-    _require((r.data.frames - 1) % tubelet == 0, f"data.frames is {r.data.frames}; without its first frame a clip must be a multiple of {tubelet}")
+    for where, frames in [("data.frames", r.data.frames), *((f"data.buckets {list(b)}", b[0]) for b in r.data.buckets)]:
+        _require((frames - 1) % tubelet == 0, f"{where}: {frames} frames; without its first a clip must be a multiple of {tubelet}")
     return str(folder)
 
 

@@ -47,7 +47,7 @@ class Data:
     """Clips for stage 1, prompts for stage 2."""
 
     source: Literal["videos", "self"] = "videos"  # "self": stage 1 learns on the base model's own samples
-    videos: str = "sandbox"  # folder of clips with metadata.jsonl or .txt captions, or "sandbox"
+    videos: str = "sandbox"  # folder of clips with captions, Hugging Face dataset (hf:owner/name, parquet, saved folder), or "sandbox"
     prompts: str = "sandbox"  # text file, one prompt a line, or JSON lines with "text", or "sandbox"
     clips: int = 768  # how many clips to write ("sandbox") or to sample ("self")
     prompt_count: int = 256  # how many prompts to write ("sandbox")
@@ -55,6 +55,12 @@ class Data:
     height: int = 32
     width: int = 32
     fps: float = 8.0
+    buckets: tuple[tuple[int, ...], ...] = ()  # sizes [frames, height, width] that clips are sorted into; empty: frames x height x width alone
+    windows: Literal["first", "all"] = "first"  # of a clip longer than its size: its beginning, or all of it, piece after piece
+    caption: str = ""  # column of the captions; empty: "text", or "caption" where there is no "text"
+    bad_clips: Literal["error", "skip"] = "error"  # clips that cannot be used: stop, or go on without them; either way they are listed
+    decoder: Literal["pyav", "torchcodec"] = "pyav"
+    cache: str = ""  # folder of encoded clips and prompts; empty: <out>/cache
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,11 @@ class Recipe:
     def run(self) -> Path:
         """Folder of the run."""
         return Path(self.out) / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Folder of encoded clips and prompts, shared by all runs."""
+        return Path(self.data.cache) if self.data.cache else Path(self.out) / "cache"
 
 
 # ---------------------------------------------------------------------------------------------- reading

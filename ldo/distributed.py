@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,15 @@ def gather(values: Tensor, world: World) -> Tensor:
     out: list = [None] * world.size
     dist.all_gather_object(out, values.cpu())
     return torch.cat(out).to(values.device)
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's ``value``, which can be pickled, in rank order, the same on every rank."""
+    if world.size == 1:
+        return [value]
+    out: list[Any] = [None] * world.size
+    dist.all_gather_object(out, value)
+    return out
 
 
 def barrier(world: World) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldo import align, checkpoint, critic, data, flow, lora, objectives
+from ldo import align, checkpoint, critic, data, encode, flow, lora, objectives
 from ldo.distributed import gather
 from ldo.generator import Text
 from ldo.metrics import Log
@@ -303,10 +303,11 @@ def extra_losses(run: Run, aligner: align.Aligner, index: int) -> None:
     """Gradients of L_PDA and of the flow loss on clips, at stage 2's weights for them."""
     recipe, clips = run.recipe, align.prepare(run)
     batch = recipe.align.batch
-    rows = torch.from_numpy(data.batch_indices(run.seed, "reinforce clips", index, batch, len(clips)))
+    rows = encode.batch(clips.buckets(), run.seed, "reinforce clips", index, batch)
     rng = torch_rng(run.seed, "reinforce clips", index)
-    noise = torch.randn((batch, *clips.latents.shape[1:]), generator=rng)
-    t_B = run.generator.training_times(torch.rand(batch, generator=rng), tuple(clips.latents.shape[1:]), recipe.align.time_shift)
+    shape = align.latent_shape(run, clips, rows)
+    noise = torch.randn((batch, *shape), generator=rng)
+    t_B = run.generator.training_times(torch.rand(batch, generator=rng), shape, recipe.align.time_shift)
     mine = list(run.world.share(batch))
     for part in align.micro_batches(mine, recipe.align.micro_batch):
         flow_loss, pda = align.losses(run, aligner, clips, rows[part], noise[part], t_B[part])

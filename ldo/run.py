@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ldo import data, generator, lora
+from ldo import cache, data, generator, lora
 from ldo.check import Checked
 from ldo.config import Recipe
 from ldo.distributed import World, barrier
@@ -21,6 +23,9 @@ from ldo.sandbox import dataset as sandbox
 from ldo.world_model import WorldModel
 
 log = logging.getLogger(__name__)
+# files of a model folder that decide what a part of it makes
+PARTS = {"vae": ("vae/*",), "text": ("text_encoder*/*", "tokenizer*/*"), "world": ("*.json", "*.safetensors", "*.bin")}
+TEXT = 1  # version of the code that embeds prompts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +43,8 @@ class Run:
     model_path: str
     clips: list[data.Clip] | None = None
     prepared: Any = None  # stage 1's encoded clips, made on first use
+    world_model_path: str = ""
+    _identities: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -50,6 +57,25 @@ class Run:
     @cached_property
     def texts(self) -> Texts:
         return Texts(self)
+
+    @property
+    def disk(self) -> bool:
+        """Are encoded clips and prompts kept on disk? The shipped models' are small and quick to make."""
+        return self.recipe.model.path != "sandbox"
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Libraries whose code encodes."""
+        return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+    def identity(self, part: str) -> str:
+        """SHA-256 of the files that a part of the models is made of: "vae", "text" or "world"."""
+        if part not in self._identities:
+            path = Path(self.world_model_path if part == "world" else self.model_path)
+            if not path.is_dir():  # a Hub name, downloaded by now
+                path = Path(snapshot_download(str(path), local_files_only=True))
+            self._identities[part] = cache.model_identity(path, PARTS[part], self.recipe.cache)
+        return self._identities[part]
 
     def checkpoint(self, stage: str) -> Path:
         return self.folder / "checkpoints" / f"{stage}.pt"
@@ -65,19 +91,45 @@ class Run:
             lora.export(self.lora_folder(stage), values, adapter.rank, adapter.alpha, self.generator.lora_targets, comfy)
         barrier(self.world)
 
+    def read_own(self, folder: Path) -> list[data.Clip]:
+        """Clips that were written here, in the one size of the recipe; every one must be sound."""
+        d = self.recipe.data
+        return data.read_folder(folder, replace(d, buckets=(), caption="", windows="first", bad_clips="error"), self.recipe.cache)
+
     def frames_of(self, clips: list[data.Clip]) -> Tensor:
         d = self.recipe.data
-        return torch.stack([data.load_frames(c, d.frames, d.height, d.width, d.fps) for c in clips])
+        return torch.stack([data.load_frames(c, d.frames, d.height, d.width, d.fps, d.decoder) for c in clips])
 
 
 class Texts:
-    """Prompt embeddings, made once each and kept on the CPU."""
+    """Prompt embeddings, made once each and kept on the CPU, or on disk."""
 
     def __init__(self, run: Run):
         self._run, self._known = run, {}
 
+    def _entry(self, prompt: str) -> Path:
+        m = self._run.recipe.model
+        key = {"prompt": prompt, "model": self._run.identity("text"), "family": m.family, "dtype": m.dtype, "length": m.text_length}
+        return cache.entry(self._run.recipe.cache, "text", {**key, "code": TEXT, **self._run.versions})
+
+    def store(self, prompts: list[str]) -> None:
+        """See that prompts are on disk; each is embedded alone, so that it does not depend on its neighbours."""
+        for prompt in prompts:
+            if not cache.present(self._entry(prompt)):
+                cache.write(self._entry(prompt), self._run.generator.encode_text([prompt]).tensors)
+
+    def _stored(self, prompt: str) -> Text:
+        found = cache.read(self._entry(prompt))
+        if found is None:
+            self._entry(prompt).unlink(missing_ok=True)
+            self.store([prompt])
+            found = cache.read(self._entry(prompt))
+        return Text(found)
+
     def __call__(self, prompts: list[str]) -> Text:
         """Embeddings on the run's device."""
+        if self._run.disk:
+            return Text.cat([self._stored(p) for p in prompts]).to(self._run.world.device)
         new = sorted(set(prompts) - set(self._known))
         for i in range(0, len(new), 32):
             made = self._run.generator.encode_text(new[i : i + 32]).to("cpu")
@@ -119,7 +171,7 @@ def load(checked: Checked, world: World) -> Run:
     parameters = lora.add(model.transformers, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
     count = sum(p.numel() for p in parameters.values())
     log.info("generator: %s, LoRA rank %d on %d layers, %.2f M weights", checked.model, recipe.lora.rank, len(parameters) // 2, count / 1e6)
-    return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips)
+    return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips, None, checked.world_model)
 
 
 def sandbox_clips(run: Run) -> list[data.Clip]:
@@ -130,7 +182,7 @@ def sandbox_clips(run: Run) -> list[data.Clip]:
         log.info("clips: writing %d sandbox clips to %s", d.clips, folder)
         sandbox.write_clips(folder, d.clips, run.seed, size=d.height, fps=d.fps)
     barrier(run.world)
-    return data.read_folder(folder, d.frames, d.fps)
+    return run.read_own(folder)
 
 
 def in_batches(run: Run, name: str, count: int, size: int = 32):

@@ -47,4 +47,4 @@ def own_clips(run: Run) -> list[data.Clip]:
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.rename(folder)
     barrier(run.world)
-    return data.read_folder(folder, d.frames, d.fps)
+    return run.read_own(folder)

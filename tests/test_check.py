@@ -30,7 +30,7 @@ def fails(capsys, *argv):
     """Run both entries; return the one line they print."""
     for main in (train.main, check_main):
         assert main([str(a) for a in argv]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("probe ")]
         assert len(lines) == 1 and lines[0].startswith("ldo: "), lines
     return lines[0]
 
@@ -70,6 +70,16 @@ def fails(capsys, *argv):
         ("rl.sampler=cps rl.eta=1.0", ["rl.eta", "(0, 1)"]),
         ("rl.objective=nft rl.guidance=2.0", ["rl.guidance", "nft"]),
         ("name=a/b", ["name is 'a/b'"]),
+        ("data.buckets=[[17,32,32]]", ["data.buckets sorts videos of your own"]),
+        ("data.videos=films data.buckets=[[17,32]]", ["data.buckets: [17, 32] is not a size; write [frames, height, width]"]),
+        ("data.videos=films data.buckets=[[17,32,0]]", ["[17, 32, 0] is not a size"]),
+        ("data.videos=films data.buckets=[17,32,32]", ["data.buckets is 17; a list is expected"]),
+        ("data.videos=films data.buckets=[[17,32,32],[17,32,32]]", ["data.buckets names a size twice"]),
+        ("data.videos=films data.buckets=[[18,32,32]]", ["data.buckets [18, 32, 32]: 18 frames", "use 17"]),
+        ("data.videos=films data.buckets=[[17,32,36]]", ["data.buckets [17, 32, 36]: width 36", "multiple of 8"]),
+        ("data.videos=films data.buckets=[[17,32,32],[13,32,32]]", ["[13, 32, 32] leaves 12 frames", "teacher.window is 16", "longer clips"]),
+        ("data.bad_clips=ignore", ["data.bad_clips is 'ignore'", "error, skip"]),
+        ("data.decoder=ffmpeg", ["data.decoder is 'ffmpeg'", "pyav, torchcodec"]),
     ],
 )
 def test_values(capsys, recipe, change, words):

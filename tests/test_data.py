@@ -1,13 +1,16 @@
 """Clips and prompts: lossless files, captions, every unusable file named, frames cut to size, and the order of batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from ldo.config import RecipeError
-from ldo.data import Clip, batch_indices, load_frames, read_folder, read_prompts, read_video, write_video
+from ldo import data
+from ldo.config import Data, RecipeError
+from ldo.data import Clip, load_frames, load_windows, read_prompts
+from ldo.video import read_video, write_video
 
 
 def images(frames=6, height=32, width=48, seed=0):
@@ -18,6 +21,11 @@ def folder_of(path, *names, frames=6, fps=8):
     for name in names:
         write_video(path / name, images(frames), fps)
     return path
+
+
+def read_folder(folder, frames=6, fps=8, report=None, **config):
+    """The folder's clips; what the probe finds is kept beside the folder."""
+    return data.read_folder(folder, Data(frames=frames, height=32, width=48, fps=fps, **config), folder.parent / "store", report)
 
 
 def metadata(path, *rows):
@@ -43,8 +51,9 @@ def test_folder_with_metadata(tmp_path):
     folder_of(tmp_path, "a.mp4", "sub/b.mp4", "unlisted.mp4")
     metadata(tmp_path, {"file_name": "sub/b.mp4", "text": "zwei Bälle", "kind": "bounce"}, {"file_name": "a.mp4", "text": "one"})
     first, second = read_folder(tmp_path, 6, 8)
-    assert first == Clip(tmp_path / "sub/b.mp4", "zwei Bälle", 6, 8.0, {"kind": "bounce"})
-    assert second == Clip(tmp_path / "a.mp4", "one", 6, 8.0, {})
+    content = first.content
+    assert first == Clip(tmp_path / "sub/b.mp4", "zwei Bälle", 6, 8.0, {"kind": "bounce"}, (6, 32, 48), 1, content)
+    assert second == Clip(tmp_path / "a.mp4", "one", 6, 8.0, {}, (6, 32, 48), 1, content)  # the same pictures: the same file
 
 
 def test_folder_with_captions_beside_clips(tmp_path):
@@ -52,6 +61,41 @@ def test_folder_with_captions_beside_clips(tmp_path):
     (tmp_path / "b.txt").write_text("  a ball\n")
     (tmp_path / "a.txt").write_text("a cat")
     assert [(c.path.name, c.text) for c in read_folder(tmp_path, 6, 8)] == [("a.mkv", "a cat"), ("b.mp4", "a ball")]
+
+
+def test_folder_with_a_table(tmp_path):
+    folder_of(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text,mood\na.mp4,"one, two",gay\nb.mp4,"three ""balls""",\n', encoding="utf-8")
+    clips = read_folder(tmp_path)
+    assert [(c.text, c.extra["mood"]) for c in clips] == [("one, two", "gay"), ('three "balls"', "")]
+
+
+def test_which_column_is_the_caption(tmp_path):
+    folder_of(tmp_path, "a.mp4")
+    metadata(tmp_path, {"file_name": "a.mp4", "text": "one", "caption": "two", "long": "three"})
+    texts = [read_folder(tmp_path, caption=column)[0].text for column in ("", "caption", "long")]
+    metadata(tmp_path, {"file_name": "a.mp4", "caption": "two"})
+    assert [*texts, read_folder(tmp_path)[0].text] == ["one", "two", "three", "two"]
+    with pytest.raises(RecipeError, match='"file_name" and "long" are needed'):
+        read_folder(tmp_path, caption="long")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,text\na.mp4,one,two\n", "line 2 has more cells than the header; put captions with commas in quotes"),
+        ("file_name,text\na.mp4\n", 'line 2: "file_name" and "text" are needed'),
+        ("name,text\na.mp4,one\n", 'line 2: "file_name" and "text" are needed'),
+        ("file_name,text\n", "holds no captioned videos"),
+    ],
+)
+def test_mistake_in_a_table_is_told(tmp_path, text, message):
+    (folder_of(tmp_path, "a.mp4") / "metadata.csv").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(RecipeError, match="holds both"):
+        read_folder(tmp_path)
 
 
 def test_line_separators_inside_json_text_do_not_end_a_line(tmp_path):
@@ -82,18 +126,54 @@ def shortened(path):
         (truncated, "it cannot be decoded"),
         (scrambled, "it cannot be decoded"),
         (emptied, "it is empty"),
-        (shortened, "it gives 5 frames at 8 fps and data.frames is 6"),
+        (shortened, "it gives 5 frames at 8 fps and 6 are needed"),
     ],
 )
 def test_unusable_clip_is_named_with_its_reason(tmp_path, spoil, reason):
     folder_of(tmp_path, "a.mp4", "b.mp4", "c.mp4")
     metadata(tmp_path, *({"file_name": name, "text": "x"} for name in ("a.mp4", "b.mp4", "c.mp4")))
     spoil(tmp_path / "b.mp4")
-    with pytest.raises(RecipeError, match=rf"b\.mp4: {reason}.*; mend or remove it$"):
-        read_folder(tmp_path, 6, 8)
+    with pytest.raises(RecipeError, match=rf"b\.mp4: {reason}.*; mend or remove, or go on without by data\.bad_clips=skip$"):
+        read_folder(tmp_path)
     spoil(tmp_path / "c.mp4")
-    with pytest.raises(RecipeError, match=r"b\.mp4.*\(and 1 more\)"):
-        read_folder(tmp_path, 6, 8)
+    report = tmp_path / "run" / "report.jsonl"
+    with pytest.raises(RecipeError, match=rf"b\.mp4.*\(and 1 more\), listed in {report}"):
+        read_folder(tmp_path, report=report)
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [os.path.basename(r["file"]) for r in rows] == ["b.mp4", "c.mp4", "a.mp4"]
+    assert all(r["bad"].startswith(reason) for r in rows[:2]) and rows[2]["size"] == [6, 32, 48]
+
+
+def test_bad_clips_are_left_out_listed_and_told(tmp_path, caplog):
+    folder_of(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    metadata(tmp_path, *({"file_name": name, "text": "x"} for name in ("a.mp4", "gone.mp4", "b.mp4", "c.mp4")))
+    truncated(tmp_path / "b.mp4")
+    clips = read_folder(tmp_path, bad_clips="skip", report=tmp_path / "report.jsonl")
+    assert [c.path.name for c in clips] == ["a.mp4", "c.mp4"]
+    assert "2 of 4 cannot be used and are left out: gone.mp4: it does not exist (and 1 more)" in caplog.text
+    assert [json.loads(line).get("bad", "")[:10] for line in (tmp_path / "report.jsonl").read_text().splitlines()] == [
+        "it does no",
+        "it cannot ",
+        "",
+        "",
+    ]
+    emptied(tmp_path / "a.mp4")
+    emptied(tmp_path / "c.mp4")
+    with pytest.raises(RecipeError, match=r"no clip can be used; a\.mp4: it is empty \(and 3 more\)"):
+        read_folder(tmp_path, bad_clips="skip")
+
+
+def test_a_file_is_probed_once_until_it_changes(tmp_path, monkeypatch):
+    folder_of(tmp_path / "f", "a.mp4", "b.mp4")
+    metadata(tmp_path / "f", *({"file_name": name, "text": "x"} for name in ("a.mp4", "b.mp4", "a.mp4")))
+    probed, probe = [], data.probe
+    monkeypatch.setattr(data, "probe", lambda path: probed.append(path.name) or probe(path))
+    first = read_folder(tmp_path / "f")
+    assert sorted(probed) == ["a.mp4", "b.mp4"]
+    assert read_folder(tmp_path / "f") == first and len(probed) == 2
+    write_video(tmp_path / "f" / "a.mp4", images(7, seed=1), 8)
+    second = read_folder(tmp_path / "f")
+    assert probed[2:] == ["a.mp4"] and second[0].frames == 7 and second[0].content != first[0].content and second[1] == first[1]
 
 
 @pytest.mark.parametrize("fps, count", [(8, 9), (4, 5), (16, 17), (0, 9)])
@@ -108,7 +188,7 @@ def test_length_is_counted_at_the_wanted_rate(tmp_path, fps, count):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"file_name": "gone.mp4", "text": "x"}], r"names 1 clip\(s\) that do not exist, first gone\.mp4; add the file or drop its line"),
+        ([{"file_name": "gone.mp4", "text": "x"}], r"gone\.mp4: it does not exist; mend or remove"),
         ([{"file_name": "a.mp4"}], 'line 1: "file_name" and "text" are needed'),
         ([{"file_name": "a.mp4", "text": None}], "line 1"),
         ([{"file_name": "a.mp4", "text": "x"}, ["a.mp4"]], "line 2 is not a JSON object"),
@@ -180,26 +260,18 @@ def test_frames_are_scaled_and_centre_cropped(tmp_path, height, width):
     np.testing.assert_allclose(x[0, 1].numpy()[inner], np.broadcast_to(green, (height, width))[inner], atol=0.04)
 
 
-@pytest.mark.parametrize("fps, order", [(8, [0, 1, 2, 3]), (4, [0, 2, 4, 6]), (16, [0, 0, 1, 2]), (8.05, [0, 1, 2, 3]), (0, [0, 1, 2, 3])])
+@pytest.mark.parametrize("fps, order", [(8, [0, 1, 2, 3]), (4, [0, 2, 4, 6]), (16, [0, 0, 1, 1]), (8.05, [0, 1, 2, 3]), (0, [0, 1, 2, 3])])
 def test_frames_are_resampled_to_the_nearest_in_time(tmp_path, fps, order):
     folder_of(tmp_path, "a.mp4", frames=8)
     x = load_frames(Clip(tmp_path / "a.mp4", ""), 4, 32, 48, fps)
     np.testing.assert_array_equal((x * 255).round().byte().permute(0, 2, 3, 1).numpy(), images(8)[order])
 
 
-@pytest.mark.parametrize("batch, count", [(1, 5), (4, 10), (3, 7), (5, 5), (12, 5), (23, 4), (2, 1)])
-def test_every_epoch_visits_each_item_once(batch, count):
-    drawn = np.concatenate([batch_indices(3, "align", step, batch, count) for step in range(4 * count)])
-    epochs = drawn[: len(drawn) // count * count].reshape(-1, count)
-    assert len(epochs) >= 4 and (np.sort(epochs, 1) == np.arange(count)).all()
-    assert count < 4 or len({tuple(e) for e in epochs}) > 1
-
-
-def test_batches_depend_on_seed_purpose_and_step_alone():
-    def draw(seed=3, purpose="align"):
-        return np.concatenate([batch_indices(seed, purpose, step, 4, 50) for step in (2, 9, 30)])
-
-    first = draw()
-    np.random.default_rng(0).random()
-    np.testing.assert_array_equal(draw(), first)
-    assert (draw(seed=4) != first).any() and (draw(purpose="rl") != first).any()
+def test_windows_follow_each_other(tmp_path):
+    write_video(tmp_path / "a.mp4", images(14), 8)
+    pieces = dict(load_windows(tmp_path / "a.mp4", {0, 2}, (4, 32, 48), 8))
+    assert list(pieces) == [0, 2]
+    for w, x in pieces.items():
+        np.testing.assert_array_equal((x * 255).round().byte().permute(0, 2, 3, 1).numpy(), images(14)[4 * w : 4 * w + 4])
+    with pytest.raises(ValueError, match="it gives 14 frames at 8 fps and 16 are needed"):
+        dict(load_windows(tmp_path / "a.mp4", {3}, (4, 32, 48), 8))

@@ -11,18 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     (
-        "rng config checkpoint progress metrics distributed flow kernels world_model sandbox.simulate generator.folder report.charts "
+        "rng config checkpoint progress metrics distributed video flow kernels world_model sandbox.simulate generator.folder report.charts "
         "ops.dispatch ops.extension"
     ),
     (
-        "data lora generator.protocol sandbox.scenes sandbox.observe update objectives "
+        "cache buckets lora generator.protocol sandbox.scenes sandbox.observe update objectives "
         "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
     ),
-    "generator.base sandbox.corrupt sandbox.measure teacher critic report report.page",
+    "data",
+    "hub generator.base sandbox.corrupt sandbox.measure teacher critic report report.page",
     "generator.wan generator.cogvideox generator.hunyuan generator.ltx generator sandbox.dataset",
     "rollout",
     "check run gate",
     "selfmode evaluate",
+    "encode",
     "align",
     "reinforce figure",
     "qualify",
