@@ -83,7 +83,7 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
     if step < config.steps:
         clips = prepare(run)
         kept, left = clips.split()
-        log = Log(run.folder, stage, step, world.first)
+        log = Log(run.folder, stage, step, world.first, run.recipe)
         with Bar(stage, config.steps, step, world.first) as bar:
             while step < config.steps:
                 rows = batch(kept, recipe.seed, "align", step, config.batch)

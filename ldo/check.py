@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from ldo import data, hub, video
+from ldo import data, hub, loggers, video
 from ldo.config import STAGES, Recipe, RecipeError, read
 from ldo.generator.folder import FAMILIES, Geometry, read_geometry
 from ldo.sandbox import dataset as sandbox
@@ -68,6 +68,7 @@ def _require(fine: bool, message: str) -> None:
 def _values(r: Recipe) -> None:
     """Rules that need no file."""
     _require(bool(re.fullmatch(r"[\w.-]+", r.name)), f"name is {r.name!r}; use letters, digits, '.', '_' and '-'")
+    loggers.check(r.log)
     _require(r.device in ("auto", "cpu", "cuda"), f"device is {r.device!r}; choose auto, cpu or cuda")
     unknown = [s for s in r.stages if s not in STAGES]
     _require(not unknown, f"stages: {', '.join(unknown)} unknown; choose among {', '.join(STAGES)}")
@@ -126,6 +127,13 @@ def _buckets(r: Recipe) -> None:
 def _windows(r: Recipe) -> None:
     """Windows fit into clips, contexts into windows."""
     teacher, critic, left = r.teacher, r.critic, r.data.frames - 1
+    rate = critic.fps or r.data.fps
+    judged = int(left * rate / r.data.fps)  # frames after the first at the critic's rate
+    _require(
+        critic.window <= judged,
+        f"critic.window is {critic.window}; data.frames = {left + 1} at {rate:g} fps leaves {judged} after the first: use at most {judged}"
+        + (", or another critic.fps" if critic.fps else ""),
+    )
     for size in r.data.buckets:
         _require(
             teacher.window <= size[0] - 1,
@@ -135,8 +143,7 @@ def _windows(r: Recipe) -> None:
     for key, window, contexts in (("teacher.context", teacher.window, (teacher.context,)), ("critic.contexts", critic.window, critic.contexts)):
         for context in contexts:
             _require(0 < context < window, f"{key}: a context of {context} frames is not shorter than the window of {window}; make it smaller")
-        section = key.split(".")[0]
-        _require(window <= left, f"{section}.window is {window}; data.frames = {left + 1} leaves {left} after the first: use at most {left}")
+    _require(teacher.window <= left, f"teacher.window is {teacher.window}; data.frames = {left + 1} leaves {left} after the first: use at most {left}")
     _require(
         teacher.mode == "encode" or teacher.stride <= teacher.window - teacher.context,
         f"teacher.stride is {teacher.stride}; above window - context = {teacher.window - teacher.context} some frames are never forecast",
@@ -172,15 +179,23 @@ def _generator(r: Recipe) -> tuple[str, Geometry | None]:
     return str(folder), geometry
 
 
-def _world_model(r: Recipe) -> str:
-    folder = _folder("world_model.path", r.world_model.path, sandbox.WORLD_MODEL)
+def world_model_folder(path: str, where: str = "world_model.path") -> tuple[str, dict | None]:
+    """What ``WorldModel.load`` takes for a path of a recipe, and the model's config.json; None for that of a Hub name."""
+    folder = _folder(where, path, sandbox.WORLD_MODEL)
     if folder is None:
-        return r.world_model.path
+        return path, None
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        raise RecipeError(f"world_model.path: {folder} is not a V-JEPA 2 folder: it has no readable config.json") from None
-    _require(config.get("model_type") == "vjepa2", f"world_model.path: {folder} holds a {config.get('model_type')} model; a vjepa2 model is needed")
+        raise RecipeError(f"{where}: {folder} is not a V-JEPA 2 folder: it has no readable config.json") from None
+    _require(config.get("model_type") == "vjepa2", f"{where}: {folder} holds a {config.get('model_type')} model; a vjepa2 model is needed")
+    return str(folder), config
+
+
+def _world_model(r: Recipe) -> str:
+    folder, config = world_model_folder(r.world_model.path)
+    if config is None:
+        return folder
     tubelet = config.get("tubelet_size", 2)
     sizes = {"teacher.window": r.teacher.window, "teacher.context": r.teacher.context, "teacher.stride": r.teacher.stride}
     sizes |= {"critic.window": r.critic.window, **{f"critic.contexts ({c})": c for c in r.critic.contexts}}
@@ -188,7 +203,7 @@ def _world_model(r: Recipe) -> str:
         _require(value % tubelet == 0, f"{key} is {value}; it must be a multiple of the world model's tubelets of {tubelet} frames")
     for where, frames in [("data.frames", r.data.frames), *((f"data.buckets {list(b)}", b[0]) for b in r.data.buckets)]:
         _require((frames - 1) % tubelet == 0, f"{where}: {frames} frames; without its first a clip must be a multiple of {tubelet}")
-    return str(folder)
+    return folder
 
 
 def check_processes(recipe: Recipe, count: int) -> None:

@@ -201,6 +201,8 @@ class Recipe:
     device: str = "auto"
     threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
     save_every: int = 20  # steps between checkpoints
+    log: tuple[str, ...] = ("tensorboard",)  # beside the JSON lines: tensorboard, wandb, trackio
+    log_project: str = "ldo"  # project in W&B and trackio
     stages: tuple[str, ...] = STAGES
     model: Model = field(default_factory=Model)
     world_model: WorldModel = field(default_factory=WorldModel)
@@ -256,7 +258,19 @@ def read(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise RecipeError(f"override {text!r}: the value is not valid YAML") from None
-    return build(Recipe, tree, str(path))
+    return _beside(build(Recipe, tree, str(path)), path.parent)
+
+
+def _beside(recipe: Recipe, folder: Path) -> Recipe:
+    """Files that are not found from the current folder but lie beside the recipe are meant: recipes bring their prompts along."""
+    parts = {}
+    for section, key in (("data", "videos"), ("data", "prompts"), ("evaluate", "prompts")):
+        part = parts.get(section, getattr(recipe, section))
+        value = getattr(part, key)
+        if not Path(value).exists() and (folder / value).exists():
+            part = dataclasses.replace(part, **{key: str(folder / value)})
+        parts[section] = part
+    return dataclasses.replace(recipe, **parts)
 
 
 def build(cls: type, tree: dict, where: str, prefix: str = "") -> Any:

@@ -48,9 +48,15 @@ def score(world: WorldModel, frames_BTCHW: Tensor, config: Critic, fps: float = 
         x = x[:, (torch.arange(count) * fps / config.fps).round().long()]
     x = x[:, 1:]
     ways = [x, x.flip(1)] if config.direction == "both" else [x]
-    parts = [_one_way(world, way, config) for way in ways]
-    skill = torch.stack([p[0] for p in parts]).sum(0)
-    plain = torch.stack([p[1] for p in parts]).mean(0)
+    return combine([_one_way(world, way, config) for way in ways], config)
+
+
+def combine(ways: list[tuple[Tensor, Tensor]], config: Critic) -> Score:
+    """The score of clips from their skill and plain rewards [K W, B] by window and context, a pair of them a direction of time."""
+    worst = config.windows == "worst"
+    ways = [tuple(v.min(0).values if worst else v.mean(0) for v in way) for way in ways]
+    skill = torch.stack([way[0] for way in ways]).sum(0)
+    plain = torch.stack([way[1] for way in ways]).mean(0)
     for name, values in (("skill", skill), ("plain", plain)):
         if not torch.isfinite(values).all():
             raise RuntimeError(f"critic: the {name} reward of clip {int((~torch.isfinite(values)).nonzero()[0])} is not finite")
@@ -58,27 +64,51 @@ def score(world: WorldModel, frames_BTCHW: Tensor, config: Critic, fps: float = 
 
 
 def _one_way(world: WorldModel, x: Tensor, config: Critic) -> tuple[Tensor, Tensor]:
-    """Skill and plain rewards [B] in one direction of time."""
-    b = len(x)
+    """Skill and plain rewards [K W, B] in one direction of time."""
     starts = window_starts(x.shape[1], config.window, config.stride)
-    windows = torch.cat([x[:, s : s + config.window] for s in starts])  # [W B, window, ...]
+    seen = look(world, torch.cat([x[:, s : s + config.window] for s in starts]), config)  # [W B, window, ...]
+    return tuple(v.unflatten(1, (len(starts), len(x))).flatten(0, 1) for v in (seen.skill, seen.plain))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at B windows gives: rewards [K, B] a context, and curves [B, tubelets] where asked for.
+
+    ``surprise`` and ``persistence`` are those of each tubelet alone, given the frames of its window before it; NaN in the
+    tubelets before the shortest context.
+    """
+
+    skill: Tensor
+    plain: Tensor
+    surprise: Tensor | None = None
+    persistence: Tensor | None = None
+
+
+@torch.no_grad()
+def look(world: WorldModel, windows_BTCHW: Tensor, config: Critic, curves: bool = False) -> Look:
+    """Rewards of single windows in one direction of time; with ``curves`` also, from more forecasts, how surprise comes and goes."""
     area, tubelet = world.side**2, world.tubelet
-    h = world.encode(windows).x_BND
-    skills, plains = [], []
-    for context in config.contexts:
-        seen, foretold = world.forecast(windows, context)
+    h = world.encode(windows_BTCHW).x_BND
+    skills, plains, contexts = [], [], list(config.contexts)
+    near_s, near_c = h.new_full((2, len(h), h.shape[1] // area), torch.nan)
+    if curves:
+        contexts += [c for c in range(min(contexts), config.window, tubelet) if c not in contexts]
+    for context in contexts:
+        seen, foretold = world.forecast(windows_BTCHW, context)
         z, target = foretold.x_BND, h[:, context // tubelet * area :]
+        last = seen.x_BND[:, -area:]
+        if curves:
+            near_s[:, context // tubelet] = _residual(z[:, :area], target[:, :area], config)
+            near_c[:, context // tubelet] = _residual(last, target[:, :area], config)
+        if context not in config.contexts:
+            continue
         end = config.horizon * area or None
         near = config.plain_horizon * area or end
         goal = target[:, :end]
-        last = seen.x_BND[:, -area:].repeat(1, goal.shape[1] // area, 1)
-        s, c = _residual(z[:, :end], goal, config), _residual(last, goal, config)  # [W B]
+        s, c = _residual(z[:, :end], goal, config), _residual(last.repeat(1, goal.shape[1] // area, 1), goal, config)  # [B]
         skills.append(((c - s) / (c + config.kappa)).clamp(-1, 1))
         plains.append(-s if near == end else -_residual(z[:, :near], target[:, :near], config))
-    skill, plain = (torch.stack(v).unflatten(1, (len(starts), b)).flatten(0, 1) for v in (skills, plains))  # [K W, B]
-    if config.windows == "worst":
-        return skill.min(0).values, plain.min(0).values
-    return skill.mean(0), plain.mean(0)
+    return Look(torch.stack(skills), torch.stack(plains), *((near_s, near_c) if curves else ()))
 
 
 def _residual(z_BND: Tensor, h_BND: Tensor, config: Critic) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def join(device: str = "auto") -> World:
     if cuda:
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)
+        # long: at the gate and while clips are written, the others wait for the first
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None, timeout=timedelta(hours=3))
     return World(rank, size, place)
 
 

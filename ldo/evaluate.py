@@ -11,7 +11,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from ldo import critic, data, generator, lora
 from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError, read
+from ldo.distributed import World, barrier, gather_objects, join
 from ldo.progress import Bar
 from ldo.rng import numpy_rng, torch_rng
 from ldo.run import DTYPES, options, quiet
@@ -58,14 +59,17 @@ def rest_lines(recipe: Recipe) -> list[data.PromptLine]:
     return data.read_prompts(path)
 
 
-def sample(pipeline: Any, recipe: Recipe, lines: list[data.PromptLine], name: str) -> Tensor:
-    """Videos [prompts x seeds, T, 3, H, W] in [0, 1], seeds of a prompt side by side, by the stock pipeline. All batches have one shape."""
+def sample(pipeline: Any, recipe: Recipe, lines: list[data.PromptLine], name: str, world: World) -> Iterator[tuple[list[int], Tensor]]:
+    """This process's share of the videos by the stock pipeline: their numbers and frames [n, T, 3, H, W] in [0, 1], a batch at a time.
+
+    Seeds of a prompt have numbers side by side. All batches have one shape, so a video does not depend on the number of processes.
+    """
     e, d = recipe.evaluate, recipe.data
     arguments = generator.adapter(recipe.model.family)(pipeline, options(recipe)).call_arguments(e.guidance)
     jobs = [(i, s) for i in range(len(lines)) for s in range(e.seeds)]
-    out = []
-    with Bar(name, len(jobs)) as bar:
-        for start in range(0, len(jobs), e.batch):
+    mine = range(world.rank * e.batch, len(jobs), world.size * e.batch)
+    with Bar(name, len(mine) * e.batch, active=world.first) as bar:
+        for start in mine:
             part = jobs[start : start + e.batch]
             result = pipeline(
                 prompt=[lines[i].text for i, _ in part],
@@ -77,21 +81,17 @@ def sample(pipeline: Any, recipe: Recipe, lines: list[data.PromptLine], name: st
                 output_type="pt",
                 **arguments,
             )
-            out.append(result.frames.float().cpu())
+            yield list(range(start, start + len(part))), result.frames.float().cpu()
             bar.advance(by=len(part))
-    return torch.cat(out)
 
 
-def measure_arm(videos: Tensor, lines: list[data.PromptLine], recipe: Recipe, judge: WorldModel) -> list[dict]:
+def measure_batch(numbers: list[int], videos: Tensor, lines: list[data.PromptLine], recipe: Recipe, judge: WorldModel) -> list[dict]:
     """One record a video: prompt, seed, exact metrics (sandbox prompts), rewards."""
-    rewards = []
-    for part in videos.split(recipe.evaluate.batch):
-        scores = critic.score(judge, part.to(judge.mean.device), recipe.critic, recipe.data.fps)
-        rewards += list(zip(scores.skill.tolist(), scores.plain.tolist(), strict=True))
+    scores = critic.score(judge, videos.to(judge.mean.device), recipe.critic, recipe.data.fps)
     records = []
-    for k, video in enumerate(videos):
+    for k, video, skill, plain in zip(numbers, videos, scores.skill.tolist(), scores.plain.tolist(), strict=True):
         i, seed = divmod(k, recipe.evaluate.seeds)
-        record = {"prompt": i, "seed": seed, "text": lines[i].text, "reward_skill": rewards[k][0], "reward_plain": rewards[k][1]}
+        record = {"prompt": i, "seed": seed, "text": lines[i].text, "reward_skill": skill, "reward_plain": plain}
         prompt = sandbox.prompt_of(lines[i].text, lines[i].extra)
         if prompt is not None:
             found = asdict(measure(video.numpy(), prompt))
@@ -149,18 +149,34 @@ def statistics(arms: dict[str, list[dict]], seeds: int, seed: int) -> tuple[dict
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
+def arm_records(
+    pipeline: Any, recipe: Recipe, lines: list[data.PromptLine], name: str, judge: WorldModel, world: World, keep: Path | None = None
+) -> list[dict]:
+    """The records of all of an arm's videos, sampled and measured by all processes together; ``keep`` is where videos are written."""
+    found = []
+    for numbers, videos in sample(pipeline, recipe, lines, name, world):
+        for k, video in zip(numbers, videos, strict=True):
+            if keep:
+                i, seed = divmod(k, recipe.evaluate.seeds)
+                data.write_video(keep / f"{i:04d}-{seed}.mp4", sandbox.to_images(video.numpy()), recipe.data.fps)
+        found += zip(numbers, measure_batch(numbers, videos, lines, recipe, judge), strict=True)
+    return [record for _, record in sorted(sum(gather_objects(found, world), []), key=lambda pair: pair[0])]
+
+
+def evaluate(recipe: Recipe, model_path: str, world_model_path: str, world: World) -> dict:
     """Sample and measure every arm that the run has; arms already measured are kept. Writes ``eval/`` in the run's folder."""
     quiet()
     folder = recipe.run / "eval"
+    if world.first:  # writes the sandbox's prompts, which the others then read
+        prompt_lines(recipe), rest_lines(recipe)
+    barrier(world)
     lines, rest = prompt_lines(recipe), rest_lines(recipe)
     arms = ["base", *(a for a in ARMS[1:] if (recipe.run / "lora" / a).is_dir())]
-    device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
-    judge = None
+    device, judge = world.device, None
     records, at_rest = {}, {}
     for arm in arms:
         path = folder / f"{arm}.json"
-        if not path.exists():
+        if not gather_objects(path.exists(), world)[0]:
             from diffusers import DiffusionPipeline
 
             judge = judge or WorldModel.load(world_model_path, DTYPES[recipe.world_model.dtype]).to(device)
@@ -168,19 +184,19 @@ def evaluate(recipe: Recipe, model_path: str, world_model_path: str) -> dict:
             pipeline.set_progress_bar_config(disable=True)
             if arm != "base":
                 lora.load_into(pipeline, recipe.run / "lora" / arm)
-            videos = sample(pipeline, recipe, lines, f"eval {arm}")
-            for k, video in enumerate(videos):
-                i, seed = divmod(k, recipe.evaluate.seeds)
-                data.write_video(folder / arm / f"{i:04d}-{seed}.mp4", sandbox.to_images(video.numpy()), recipe.data.fps)
-            still = measure_arm(sample(pipeline, recipe, rest, f"rest {arm}"), rest, recipe, judge) if rest else []
-            write_text(path, json.dumps({"moving": measure_arm(videos, lines, recipe, judge), "rest": still}))
+            moving = arm_records(pipeline, recipe, lines, f"eval {arm}", judge, world, folder / arm)
+            still = arm_records(pipeline, recipe, rest, f"rest {arm}", judge, world) if rest else []
+            if world.first:
+                write_text(path, json.dumps({"moving": moving, "rest": still}))
+            barrier(world)
         found = json.loads(path.read_text())
         records[arm] = found["moving"]
         if found["rest"]:
             at_rest[arm] = sum(bool(r["violations"]) for r in found["rest"]) / len(found["rest"])
     metrics, paired = statistics(records, recipe.evaluate.seeds, recipe.seed)
     result = {"metrics": metrics, "paired": paired, "n_videos": {a: len(r) for a, r in records.items()}, "at_rest": at_rest}
-    write_text(folder / "summary.json", json.dumps(result, indent=1))
+    if world.first:
+        write_text(folder / "summary.json", json.dumps(result, indent=1))
     return result
 
 
@@ -195,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not path.is_file():
             raise RecipeError(f"{args.run} is not the folder of a run: it has no recipe.yaml")
         checked = check(read(path))
-        result = evaluate(checked.recipe, checked.model, checked.world_model)
+        result = evaluate(checked.recipe, checked.model, checked.world_model, join(checked.recipe.device))
     except RecipeError as error:
         print(f"ldo: {error}", file=sys.stderr)
         return 2

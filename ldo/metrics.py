@@ -1,4 +1,4 @@
-"""Where figures go while a run trains: one JSON line a step, TensorBoard beside it."""
+"""Where figures go while a run trains: one JSON line a step, and the recipe's loggers beside it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import json
 from pathlib import Path
 
 from ldo.checkpoint import write_text
+from ldo.config import Recipe
+from ldo.loggers import Loggers
 
 
 class Log:
-    """Figures of one stage: ``<run>/<stage>.jsonl`` and TensorBoard events.
+    """Figures of one stage: ``<run>/<stage>.jsonl`` and what ``recipe.log`` names. Only where ``active``.
 
     Opened at ``step``, it drops every line from that step on, so a resumed run leaves the log of an undisturbed one.
     """
 
-    def __init__(self, run: Path, stage: str, step: int = 0, active: bool = True):
-        self.path, self.stage, self.active = run / f"{stage}.jsonl", stage, active
-        self._board = None
+    def __init__(self, run: Path, stage: str, step: int = 0, active: bool = True, recipe: Recipe | None = None):
+        self.path, self.active = run / f"{stage}.jsonl", active
         if not active:
             return
         kept = [row for row in read(self.path) if row["step"] < step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a")  # noqa: SIM115 - open for as long as the stage runs
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run / "tensorboard" / stage), purge_step=step)
+        self._loggers = Loggers(recipe or Recipe(), run, stage, step)
 
     def write(self, step: int, **figures: float) -> None:
         """Log the figures of one step."""
@@ -32,13 +31,12 @@ class Log:
             return
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
-        for key, value in figures.items():
-            self._board.add_scalar(f"{self.stage}/{key}", value, step)
+        self._loggers.scalars(step, figures)
 
     def close(self) -> None:
         if self.active:
             self._file.close()
-            self._board.close()
+            self._loggers.close()
 
 
 def read(path: Path) -> list[dict]:

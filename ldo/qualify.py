@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 
@@ -25,13 +26,13 @@ def gate_videos(run: Run) -> tuple[torch.Tensor, list] | None:
     shape = latent_shape(run)
     times = tuple(run.generator.times(rl.steps, shape))
     plan = Plan(times, tuple(range(rl.window_start, rl.window_start + rl.window)), rl.sampler, rl.eta, rl.guidance)
-    null, videos = run.texts([""]), []
+    null, videos, micro = run.texts([""]), [], math.gcd(g.samples, rl.micro_batch or g.samples)
     with lora.swapped(run.parameters, lora.zeros(run.parameters)):
         for number, prompt in enumerate(prompts):
             noise, pushes = group_noise(run, "gate", (number,), shape, g.samples)
             text = run.texts([prompt.caption]).repeat(g.samples)
-            trajectory = sample(run.generator, noise.to(run.world.device), text, null, plan, pushes.to(run.world.device), g.samples)
-            videos.append(decode(run.generator, trajectory.final_N, g.samples))
+            trajectory = sample(run.generator, noise.to(run.world.device), text, null, plan, pushes.to(run.world.device), micro)
+            videos.append(decode(run.generator, trajectory.final_N, micro))
     return torch.stack(videos), prompts
 
 

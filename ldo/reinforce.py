@@ -242,7 +242,7 @@ def train(run: Run) -> dict[str, Tensor]:
         lora.restore(parameters, state["lora"])
         average = {k: v.to(world.device) for k, v in state["average"].items()}
         optimizer.load_state_dict(state["optimizer"])
-    log = Log(run.folder, "reinforce", update, world.first)
+    log = Log(run.folder, "reinforce", update, world.first, run.recipe)
     with Bar("reinforce", rl.updates, update, world.first) as bar:
         while update < rl.updates and not stopped:
             rollout, figures = collect(run, update, reference)

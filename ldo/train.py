@@ -16,6 +16,7 @@ same numbers.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -35,6 +36,7 @@ from ldo.update import TrainingError
 HERE = Path(__file__).resolve().parent
 # inside the package in a wheel, beside it in a checkout
 DEFAULT = (HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes") / "sandbox.yaml"
+FREE = ("log", "log_project")  # what a run may change when it is resumed
 
 
 def claim(recipe: Recipe, world: World) -> None:
@@ -43,7 +45,7 @@ def claim(recipe: Recipe, world: World) -> None:
     now = yaml.safe_dump(to_dict(recipe), sort_keys=False)
     if path.exists():
         then, now = yaml.safe_load(path.read_text()), yaml.safe_load(now)
-        changed = [k for k, v in flat(now) if dict(flat(then)).get(k) != v]
+        changed = [k for k, v in flat(now) if dict(flat(then)).get(k) != v and k not in FREE]
         if changed:
             was = dict(flat(then)).get(changed[0], "unset")
             raise RecipeError(f"{recipe.run} was begun with {changed[0]}={was}; give this run its own name=..., or remove that folder")
@@ -70,9 +72,12 @@ def run_stages(checked: Checked, world: World) -> None:
             align.train(run, stage)
         elif stage == "reinforce":
             reinforce.train(run)
-        elif world.first and stage == "evaluate":
-            evaluate.evaluate(recipe, checked.model, checked.world_model)
-            figure.write(run)
+        elif stage == "evaluate":
+            if world.first:
+                figure.write(run)
+            run = None  # the stock pipelines need the memory
+            gc.collect()
+            evaluate.evaluate(recipe, checked.model, checked.world_model, world)
         elif world.first:
             print(f"report: {report.write(recipe.run)}")
         barrier(world)

@@ -81,13 +81,16 @@ class WorldModel(nn.Module):
         """Tokens along height and width."""
         return self.crop // self.patch
 
+    def resize(self, frames_BTCHW: Tensor) -> Tensor:
+        """Resize to the square input, fp32 [B, T, 3, crop, crop]: antialiased, uncropped, differentiable. The right size is left as it is."""
+        if frames_BTCHW.shape[-2:] == (self.crop, self.crop):
+            return frames_BTCHW
+        flat = F.interpolate(frames_BTCHW.flatten(0, 1).float(), (self.crop, self.crop), mode="bilinear", antialias=True, align_corners=False)
+        return flat.unflatten(0, frames_BTCHW.shape[:2])
+
     def prepare(self, frames_BTCHW: Tensor) -> Tensor:
-        """Resize to the square input (antialiased, uncropped, differentiable) and apply ImageNet normalisation."""
-        b, t = frames_BTCHW.shape[:2]
-        if frames_BTCHW.shape[-2:] != (self.crop, self.crop):
-            flat = F.interpolate(frames_BTCHW.flatten(0, 1).float(), (self.crop, self.crop), mode="bilinear", antialias=True, align_corners=False)
-            frames_BTCHW = flat.unflatten(0, (b, t))
-        return (frames_BTCHW - self.mean) / self.std
+        """Resize to the square input and apply ImageNet normalisation."""
+        return (self.resize(frames_BTCHW) - self.mean) / self.std
 
     def _encode(self, frames_BTCHW: Tensor) -> Tensor:
         if frames_BTCHW.shape[1] % self.tubelet:

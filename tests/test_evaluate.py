@@ -70,7 +70,7 @@ def test_every_arm_sees_the_same_prompts_and_seeds_and_its_own_adapter(open_run)
     start = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.5 for k, v in run.fresh.items()}
     run.export("sft", lora.zeros(run.parameters))
     run.export("ldo", start)
-    result = evaluate.evaluate(run.recipe, run.model_path, run.recipe.world_model.path)
+    result = evaluate.evaluate(run.recipe, run.model_path, run.recipe.world_model.path, run.world)
     read = {a: json.loads((run.folder / "eval" / f"{a}.json").read_text()) for a in ("base", "sft", "ldo")}
     assert read["base"] == read["sft"]  # an adapter of zeros is the base, to the last digit
     jobs = {a: [(r["prompt"], r["seed"], r["text"]) for r in found["moving"]] for a, found in read.items()}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     (
-        "rng config checkpoint progress metrics distributed video flow kernels world_model sandbox.simulate generator.folder report.charts "
+        "rng config checkpoint progress loggers metrics distributed video flow kernels world_model sandbox.simulate generator.folder report.charts "
         "ops.dispatch ops.extension"
     ),
     (
@@ -19,11 +19,11 @@ FLOORS = [
         "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
     ),
     "data",
-    "hub generator.base sandbox.corrupt sandbox.measure teacher critic report report.page",
+    "hub generator.base sandbox.corrupt sandbox.measure teacher critic report report.page report.surprise",
     "generator.wan generator.cogvideox generator.hunyuan generator.ltx generator sandbox.dataset",
     "rollout",
     "check run gate",
-    "selfmode evaluate",
+    "selfmode evaluate score",
     "encode",
     "align",
     "reinforce figure",

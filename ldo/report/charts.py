@@ -12,7 +12,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 190, 46, 24, 10
 COLOURS = ("#3b6fb6", "#d1603d", "#4c9a64", "#8a63b0")
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two others, some four to five."""
     raw = (high - low) / 4 or 1.0
     size = 10 ** np.floor(np.log10(raw))
     nice = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
@@ -36,10 +37,10 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], note: s
         return TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for y in _ticks(y0, y1):
+    for y in ticks(y0, y1):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in _ticks(x0, x1):
+    for x in ticks(x0, x1):
         parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{x:.4g}</text>')
     legend = []
     for (name, points), colour in zip(series.items(), COLOURS, strict=False):
@@ -51,6 +52,31 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], note: s
     return (
         f"<figure><figcaption>{escape(title)}{small}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>{key}</figure>'
+    )
+
+
+def histogram(title: str, values: list[float], note: str = "") -> str:
+    """Counts of values in up to 12 bins of equal width."""
+    if not values:
+        return ""
+    counts, edges = np.histogram(values, bins=min(12, max(4, len(values) // 4)))
+    width, tall = (WIDTH - LEFT - 8) / len(counts), HEIGHT - TOP - BOTTOM
+    parts = []
+    for y in sorted({int(t) for t in ticks(0, int(counts.max()))}):
+        at = TOP + tall * (1 - y / counts.max())
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{y}</text>')
+    for k, count in enumerate(counts):
+        high = tall * count / counts.max()
+        parts.append(
+            f'<rect x="{LEFT + k * width + 1:.1f}" y="{TOP + tall - high:.1f}" width="{width - 2:.1f}" height="{high:.1f}" fill="{COLOURS[0]}"/>'
+        )
+    for k in (0, len(counts) // 2, len(counts)):
+        parts.append(f'<text x="{LEFT + k * width:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{edges[k]:.3g}</text>')
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return (
+        f"<figure><figcaption>{escape(title)}{small}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -78,11 +104,12 @@ def path_chart(title: str, paths: list, note: str) -> str:
     )
 
 
-def strip(frames_THWC: np.ndarray) -> str:
-    """Frames side by side as a PNG data URL."""
+def strip(frames_THWC: np.ndarray, lossy: bool = False) -> str:
+    """Frames side by side as a data URL: a PNG, or where ``lossy`` the smaller JPEG."""
     from PIL import Image
 
     t, h, w, _ = frames_THWC.shape
-    buffer = io.BytesIO()
-    Image.fromarray(frames_THWC.transpose(1, 0, 2, 3).reshape(h, t * w, 3)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    buffer, image = io.BytesIO(), Image.fromarray(frames_THWC.transpose(1, 0, 2, 3).reshape(h, t * w, 3))
+    kind = "jpeg" if lossy else "png"
+    image.save(buffer, kind, optimize=True)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
