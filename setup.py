@@ -126,6 +126,7 @@ setup(
     package_dir={"ldo.kernels": "kernels", "ldo.recipes": "recipes"},
     package_data={
         "ldo.recipes": ["*.yaml"],
+        "ldo.generator": ["published/*.json"],
         "ldo.report": ["style.css"],
         "ldo.sandbox": ["thresholds.json", "models/**/*.json", "models/**/*.safetensors"],
     },

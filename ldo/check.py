@@ -1,4 +1,6 @@
-"""Everything that can be known of a recipe before a model loads: ``python -m ldo.check RECIPE [a.b=c ...]``.
+"""Everything that can be known of a recipe before a model loads: ``python -m ldo.check RECIPE [a.b=c ...] [--gpus N --memory 80G]``.
+
+``check`` takes a second and is what ``ldo.train`` runs first; the command adds the memory table, which takes some tens of them.
 
 Each rule raises a ``RecipeError`` of one line: what, where, and the mend.
 """
@@ -14,9 +16,12 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from ldo import data, hub, loggers, video
+import torch
+
+from ldo import attention, data, hub, loggers, switches, video
 from ldo.config import STAGES, Recipe, RecipeError, read
-from ldo.generator.folder import FAMILIES, Geometry, read_geometry
+from ldo.generator.folder import FAMILIES, Geometry, geometry_of, read_geometry
+from ldo.generator.published import configs
 from ldo.sandbox import dataset as sandbox
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,6 +46,8 @@ def check(recipe: Recipe) -> Checked:
     model, geometry = _generator(recipe)
     _windows(recipe)
     world_model = _world_model(recipe)
+    switches.check(recipe.model)
+    _attention(recipe, model)
     clips = _clips(recipe)
     prompts = None if recipe.data.prompts == "sandbox" else data.read_prompts(Path(recipe.data.prompts))
     if recipe.evaluate.prompts != "sandbox":
@@ -143,7 +150,9 @@ def _windows(r: Recipe) -> None:
     for key, window, contexts in (("teacher.context", teacher.window, (teacher.context,)), ("critic.contexts", critic.window, critic.contexts)):
         for context in contexts:
             _require(0 < context < window, f"{key}: a context of {context} frames is not shorter than the window of {window}; make it smaller")
-    _require(teacher.window <= left, f"teacher.window is {teacher.window}; data.frames = {left + 1} leaves {left} after the first: use at most {left}")
+    _require(
+        teacher.window <= left, f"teacher.window is {teacher.window}; data.frames = {left + 1} leaves {left} after the first: use at most {left}"
+    )
     _require(
         teacher.mode == "encode" or teacher.stride <= teacher.window - teacher.context,
         f"teacher.stride is {teacher.stride}; above window - context = {teacher.window - teacher.context} some frames are never forecast",
@@ -166,24 +175,28 @@ def _folder(where: str, path: str, shipped: Path) -> Path | None:
 
 def _generator(r: Recipe) -> tuple[str, Geometry | None]:
     folder = _folder("model.path", r.model.path, sandbox.GENERATOR)
-    if folder is None:
-        return r.model.path, None
     try:
-        family, geometry = read_geometry(folder)
+        if folder is not None:
+            family, geometry = read_geometry(folder)
+        elif (parts := configs(r.model.path)) is None:
+            return r.model.path, None
+        else:
+            family, geometry = geometry_of(r.model.path, parts)
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from None
-    _require(family == r.model.family, f"model.family is {r.model.family!r}, but {folder} holds a {family} model; set model.family={family}")
+    model = str(folder or r.model.path)
+    _require(family == r.model.family, f"model.family is {r.model.family!r}, but {model} holds a {family} model; set model.family={family}")
     for where, size in [("data", (r.data.frames, r.data.height, r.data.width)), *((f"data.buckets {list(b)}", b) for b in r.data.buckets)]:
         problem = geometry.problem(*size)
         _require(problem is None, f"{where}: {problem}")
-    return str(folder), geometry
+    return model, geometry
 
 
 def world_model_folder(path: str, where: str = "world_model.path") -> tuple[str, dict | None]:
-    """What ``WorldModel.load`` takes for a path of a recipe, and the model's config.json; None for that of a Hub name."""
+    """What ``WorldModel.load`` takes for a path of a recipe, and the model's config.json; None for that of a Hub name that is not known here."""
     folder = _folder(where, path, sandbox.WORLD_MODEL)
     if folder is None:
-        return path, None
+        return path, (configs(path) or {}).get("config")
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -206,6 +219,15 @@ def _world_model(r: Recipe) -> str:
     return folder
 
 
+def _attention(r: Recipe, model: str) -> None:
+    """Explicit attention backends exist here and take the models' precision and masks."""
+    cuda = r.device == "cuda" or (r.device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda" if cuda else "cpu")
+    transformer = (configs(model) or {}).get("transformer", {}).get("_class_name", "")
+    attention.check("model.attention", r.model.attention, getattr(torch, r.model.dtype), place, transformer)
+    attention.check("world_model.attention", r.world_model.attention, getattr(torch, r.world_model.dtype), place)
+
+
 def check_processes(recipe: Recipe, count: int) -> None:
     """RecipeError where the work of a step does not divide evenly among ``count`` processes."""
     sizes = {"align.batch": recipe.align.batch, "rl.prompts / rl.minibatches": recipe.rl.prompts // recipe.rl.minibatches}
@@ -215,12 +237,27 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ldo.check", description="Check a recipe without loading a model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ldo.check",
+        description="Check a recipe without loading a model, and print what it needs of memory.",
+        epilog="Exit code: 0 sound (and fits, where the memory is known), 1 does not fit, 2 a mistake in the recipe.",
+    )
     parser.add_argument("recipe", nargs="?", default="recipes/sandbox.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    args = parser.parse_args(argv)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the work (default 1)")
+    parser.add_argument("--memory", metavar="80G", help="memory of one GPU; default: that of the GPU here, if there is one")
+    parser.add_argument("--no-models", action="store_true", help="leave the memory table out: a second instead of some tens")
+    args = parser.parse_intermixed_args(argv)
     try:
         checked = check(read(args.recipe, args.overrides))
+        check_processes(checked.recipe, args.gpus)
+        if not args.no_models:
+            from ldo import budget, memory  # these import the model libraries
+
+            limit = budget.parse_memory(args.memory) if args.memory else memory.here()
+            clips = None if checked.clips is None else len(checked.clips)
+            plan = memory.plan(checked.recipe, checked.model, checked.world_model, args.gpus, clips)
+            table = budget.table(plan) if plan else "memory       unknown: these models' configurations are neither here nor shipped; give a folder"
     except RecipeError as error:
         print(f"ldo: {error}", file=sys.stderr)
         return 2
@@ -233,8 +270,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"world model  {checked.world_model}")
     print(f"clips        {'made when the run starts' if checked.clips is None else len(checked.clips)}")
     print(f"prompts      {'made when the run starts' if checked.prompts is None else len(checked.prompts)}")
-    print("The recipe is sound.")
-    return 0
+    r = checked.recipe
+    chosen = " (auto: chosen on the device, proven and logged)" if "auto" in (r.model.attention, r.world_model.attention) else ""
+    print(f"attention    generator {r.model.attention}, world model {r.world_model.attention}{chosen}")
+    fits = True
+    if not args.no_models:
+        print(table)
+        if plan and limit:
+            fits, words = budget.verdict(plan, limit)
+            print(words)
+    print("The recipe is sound." if fits else "The recipe is sound, but too large.")
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from typing import Any, Literal
 import yaml
 
 STAGES = ("gate", "sft", "align", "reinforce", "evaluate", "report")
+# auto: the fastest that trains here; the others are the keys of attention.BACKENDS
+Attention = Literal[
+    "auto", "native", "flash3", "flash2", "hub_flash3", "hub_flash2", "xformers", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math"
+]
 
 
 class RecipeError(ValueError):
@@ -32,6 +36,12 @@ class Model:
     text_length: int = 0  # tokens of the prompt, as the pipeline's max_sequence_length; 0 takes the family's own
     guidance: float = 6.0  # the scale that a guidance-distilled transformer is told (hunyuan); not classifier-free guidance
     gradient_checkpointing: bool = False
+    attention: Attention = "auto"  # kernel of its attention
+    fp8: bool = False  # store the base's weights in 8 bits
+    offload: tuple[Literal["text", "vae", "world_model"], ...] = ()  # parts that wait on the CPU until they are called
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    compile: bool = False  # the transformer's blocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class WorldModel:
 
     path: str = "sandbox"  # V-JEPA 2 folder, Hub name, or "sandbox"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ldo import critic, data, generator, lora
+from ldo import critic, data, generator, lora, switches
 from ldo.checkpoint import write_text
 from ldo.config import Recipe, RecipeError, read
 from ldo.distributed import World, barrier, gather_objects, join
@@ -160,7 +159,8 @@ def arm_records(
                 i, seed = divmod(k, recipe.evaluate.seeds)
                 data.write_video(keep / f"{i:04d}-{seed}.mp4", sandbox.to_images(video.numpy()), recipe.data.fps)
         found += zip(numbers, measure_batch(numbers, videos, lines, recipe, judge), strict=True)
-    return [record for _, record in sorted(sum(gather_objects(found, world), []), key=lambda pair: pair[0])]
+    everyone = [pair for part in gather_objects(found, world) for pair in part]
+    return [record for _, record in sorted(everyone, key=lambda pair: pair[0])]
 
 
 def evaluate(recipe: Recipe, model_path: str, world_model_path: str, world: World) -> dict:
@@ -182,6 +182,7 @@ def evaluate(recipe: Recipe, model_path: str, world_model_path: str, world: Worl
             judge = judge or WorldModel.load(world_model_path, DTYPES[recipe.world_model.dtype]).to(device)
             pipeline = DiffusionPipeline.from_pretrained(model_path, dtype=DTYPES[recipe.model.dtype]).to(device)
             pipeline.set_progress_bar_config(disable=True)
+            switches.ease_vae(pipeline.vae, recipe.model.vae_tiling, recipe.model.vae_slicing)
             if arm != "base":
                 lora.load_into(pipeline, recipe.run / "lora" / arm)
             moving = arm_records(pipeline, recipe, lines, f"eval {arm}", judge, world, folder / arm)

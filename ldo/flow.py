@@ -41,6 +41,11 @@ def schedule(steps: int, shift: float = 1.0) -> list[float]:
     return [*times, 0.0]
 
 
+def training_times(u: Tensor, shift: float) -> Tensor:
+    """Uniform numbers in [0, 1) to times, denser toward noise as ``shift`` grows (the sampler's own spacing)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def noisy(x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
     """x_t = (1 - t) x_0 + t e, one t per sample [B]."""
     t = t_B.view(-1, *[1] * (x0.ndim - 1))

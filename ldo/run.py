@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ldo import cache, data, generator, lora
+from ldo import attention, cache, data, generator, lora, switches
 from ldo.check import Checked
 from ldo.config import Recipe
 from ldo.distributed import World, barrier
@@ -146,6 +146,25 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def configure(recipe: Recipe, model: Generator, judge: WorldModel, device: torch.device) -> None:
+    """Bring the models, adapter included, to ``device`` and apply the recipe's attention, memory and speed switches."""
+    m, dtype = recipe.model, DTYPES[recipe.model.dtype]
+    if m.fp8:  # before the move: the device then never holds the wide weights
+        count = sum(switches.store_in_fp8(t, dtype) for t in model.transformers.values())
+        log.info("fp8: %d weights of the generator are stored in 8 bits", count)
+    switches.ease_vae(model.pipeline.vae, m.vae_tiling, m.vae_slicing)
+    switches.place(model, judge, m.offload, device)
+    for transformer in model.transformers.values():
+        if m.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        log.info("attention: generator %s", attention.set_generator(transformer, m.attention, dtype, device))
+    log.info(
+        "attention: world model %s", attention.set_world_model(judge.model, recipe.world_model.attention, DTYPES[recipe.world_model.dtype], device)
+    )
+    if m.compile:
+        log.info("compile: %d blocks, when they first run", switches.compile_blocks(model))
+
+
 def options(recipe: Recipe) -> Options:
     """What the recipe tells a generator beyond its weights."""
     return Options(recipe.model.text_length, recipe.data.fps, recipe.model.guidance)
@@ -163,12 +182,9 @@ def load(checked: Checked, world: World) -> Run:
         barrier(world)
         prompts = data.read_prompts(path)
     model = generator.load(recipe.model.family, checked.model, DTYPES[recipe.model.dtype], options(recipe))
-    model.pipeline.to(world.device)
-    judge = WorldModel.load(checked.world_model, DTYPES[recipe.world_model.dtype]).to(world.device)
-    if recipe.model.gradient_checkpointing:
-        for transformer in model.transformers.values():
-            transformer.enable_gradient_checkpointing()
+    judge = WorldModel.load(checked.world_model, DTYPES[recipe.world_model.dtype])
     parameters = lora.add(model.transformers, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
+    configure(recipe, model, judge, world.device)
     count = sum(p.numel() for p in parameters.values())
     log.info("generator: %s, LoRA rank %d on %d layers, %.2f M weights", checked.model, recipe.lora.rank, len(parameters) // 2, count / 1e6)
     return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips, None, checked.world_model)

@@ -245,3 +245,66 @@ def write_vjepa(folder: Path, seed: int = 0, crop: int = 32) -> Path:
     torch.nn.init.normal_(model.predictor.embeddings.mask_tokens, std=0.02)
     model.save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------------------------------------- transformers alone
+
+
+def transformer(family: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
+    """A tiny transformer of a family and inputs for one call: two samples of 2 x 4 x 4 latents, a text of 6 tokens.
+
+    Where the family masks its text, the second sample's ends two tokens early.
+    """
+    from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTXVideoTransformer3DModel
+
+    torch.manual_seed(seed)
+    text, time = torch.randn(2, 6, 16), torch.tensor([300.0, 700.0])
+    size = dict(num_attention_heads=2, num_layers=2)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    if family == "wan":
+        model = WanTransformer3DModel(
+            (1, 2, 2), **size, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64, rope_max_seq_len=32
+        )
+        call = {"hidden_states": torch.randn(2, 4, 2, 4, 4), "timestep": time}
+    elif family == "cogvideox":
+        model = CogVideoXTransformer3DModel(
+            **size,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=16,
+            text_embed_dim=16,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=5,
+            max_text_seq_length=6,
+            use_rotary_positional_embeddings=True,
+        )
+        angle = torch.randn(8, 16)
+        call = {"hidden_states": torch.randn(2, 2, 4, 4, 4), "timestep": time, "image_rotary_emb": (angle.cos(), angle.sin())}
+    elif family == "ltx":
+        model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, **size, attention_head_dim=16, cross_attention_dim=32, caption_channels=16)
+        call = {"hidden_states": torch.randn(2, 32, 4), "timestep": time[:, None], "encoder_attention_mask": mask}
+        call |= {"num_frames": 2, "height": 4, "width": 4}
+    else:
+        assert family == "hunyuan"
+        model = HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            **size,
+            attention_head_dim=16,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            patch_size=2,
+            guidance_embeds=False,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        )
+        call = {
+            "hidden_states": torch.randn(2, 4, 2, 4, 4),
+            "timestep": time,
+            "encoder_attention_mask": mask,
+            "pooled_projections": torch.randn(2, 16),
+        }
+    return model.eval(), {**call, "encoder_hidden_states": text, "return_dict": False}

@@ -139,7 +139,7 @@ def test_prompts(capsys, recipe, tmp_path):
 
 
 def test_sound_recipe(capsys, recipe, videos):
-    assert check_main([recipe(), f"data.videos={videos}"]) == 0
+    assert check_main([recipe(), f"data.videos={videos}", "--no-models"]) == 0
     out = capsys.readouterr().out
     assert "(5, 4, 4) tokens" in out and "The recipe is sound." in out
 
@@ -159,7 +159,10 @@ def test_check_loads_no_model_library(recipe):
     """Checking takes a second, not the ten that importing the model libraries takes."""
     import subprocess
 
-    code = "import sys, ldo.train; from ldo.check import main; main(sys.argv[1:]); print({'diffusers', 'transformers', 'peft'} & set(sys.modules))"
+    code = (
+        "import sys, ldo.train; from ldo.check import main; main([*sys.argv[1:], '--no-models']); "
+        "print({'diffusers', 'transformers', 'peft'} & set(sys.modules))"
+    )
     out = subprocess.run([sys.executable, "-c", code, recipe()], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("set()"), out
 

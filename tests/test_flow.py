@@ -146,3 +146,9 @@ def sample_gaussian(sampler, eta, steps, mean, std, count=40_000):
 def test_stochastic_samplers_end_in_the_data(sampler, eta, tolerance):
     mean, std = sample_gaussian(sampler, eta, 200, 1.5, 0.4)
     assert mean == pytest.approx(1.5, abs=tolerance) and std == pytest.approx(0.4, abs=tolerance)
+
+
+def test_training_times_follow_the_samplers_spacing():
+    u = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.allclose(flow.training_times(u, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    assert torch.equal(flow.training_times(u, 1.0), u)

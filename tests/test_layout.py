@@ -12,16 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     (
         "rng config checkpoint progress loggers metrics distributed video flow kernels world_model sandbox.simulate generator.folder report.charts "
-        "ops.dispatch ops.extension"
+        "ops.dispatch ops.extension generator.published live"
     ),
     (
         "cache buckets lora generator.protocol sandbox.scenes sandbox.observe update objectives "
+        "attention switches "
         "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
     ),
     "data",
     "hub generator.base sandbox.corrupt sandbox.measure teacher critic report report.page report.surprise",
     "generator.wan generator.cogvideox generator.hunyuan generator.ltx generator sandbox.dataset",
-    "rollout",
+    "rollout meta",
+    "passes",
+    "memory",
+    "budget",
     "check run gate",
     "selfmode evaluate score",
     "encode",
@@ -116,12 +120,12 @@ def test_a_wheel_holds_what_a_checkout_does(tmp_path):
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
         "import sys; sys.path.insert(0, 'site'); import ldo, ldo.kernels.support as s, ldo.train as t; "
-        "from ldo.sandbox import dataset as d, measure as m; from ldo.ops import extension as e; "
-        "print(s.__file__, t.DEFAULT.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), e.load()[0] is not None)"
+        "from ldo.sandbox import dataset as d, measure as m; from ldo.ops import extension as e; from ldo.generator import published as p; "
+        "print(s.__file__, t.DEFAULT.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), bool(p.names()), e.load()[0] is not None)"
     )
     buildable = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
     out = python(code, tmp_path)
-    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True {buildable}"
+    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True True {buildable}"
 
 
 def test_files_are_readable():

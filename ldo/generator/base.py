@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldo import flow
 from ldo.generator.folder import PIPELINES, geometry
 from ldo.generator.protocol import Options, Tap, Text
 
@@ -96,8 +97,7 @@ class Adapter:
         raise NotImplementedError
 
     def training_times(self, u_B: Tensor, shape: tuple[int, ...], shift: float = 0.0) -> Tensor:
-        shift = shift or self.shift(shape)
-        return shift * u_B / (1 + (shift - 1) * u_B)  # denser toward noise as the shift grows
+        return flow.training_times(u_B, shift or self.shift(shape))
 
     def shift(self, shape: tuple[int, ...]) -> float:
         """The sampler's flow shift."""

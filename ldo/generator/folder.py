@@ -81,11 +81,18 @@ def read_geometry(path: Path) -> tuple[str, Geometry]:
     """Family and geometry of a diffusers pipeline folder; ValueError says what is wrong with it."""
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline folder: it has no model_index.json")
-    name = _json(path / "model_index.json").get("_class_name")
+    index = _json(path / "model_index.json")
+    if index.get("_class_name") in PIPELINES:
+        return geometry_of(path, {"model_index": index} | {part: _json(path / part / "config.json") for part in ("vae", "transformer")})
+    return geometry_of(path, {"model_index": index})
+
+
+def geometry_of(path: Path | str, parts: dict[str, dict]) -> tuple[str, Geometry]:
+    """Family and geometry of a pipeline with these configurations (model_index, vae, transformer); ``path`` is named in errors."""
+    name = parts["model_index"].get("_class_name") if "model_index" in parts else "model without a pipeline"
     if name not in PIPELINES:
         raise ValueError(f"{path} holds a {name}; supported: {', '.join(PIPELINES)}")
-    vae, transformer = _json(path / "vae" / "config.json"), _json(path / "transformer" / "config.json")
     try:
-        return PIPELINES[name], geometry(PIPELINES[name], vae, transformer)
+        return PIPELINES[name], geometry(PIPELINES[name], parts["vae"], parts["transformer"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: its configuration lacks {error}") from None

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ldo.align import training_times
+from ldo.flow import training_times
 from ldo.rng import torch_rng
 from ldo.sandbox.build.loop import fit
 from ldo.sandbox.build.pool import pool

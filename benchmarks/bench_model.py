@@ -1,0 +1,254 @@
+"""One step of both stages of a real model in its published configuration, with random weights: time, memory, kernels.
+
+    python benchmarks/bench_model.py [RECIPE] [a.b=c ...] [--out FILE.json] [--quick]
+
+Nothing is downloaded: shapes, precision and switches are the recipe's, values are random, and prompts' embeddings stand in for
+the text encoder. Per part: seconds (the second run of it), the peak of the device's memory beside what ``ldo.check`` says
+of the stage, floating-point operations and the share of this device's own matmul rate (MFU), and the attention kernels that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
+
+from benchmarks import common
+from ldo import align, generator, lora, memory, meta, reinforce, run
+from ldo.config import Recipe, read
+from ldo.data import PromptLine
+from ldo.distributed import join
+from ldo.encode import Clips
+from ldo.generator import Text
+from ldo.generator.published import configs
+from ldo.rng import torch_rng
+from ldo.sandbox import dataset as sandbox
+from ldo.teacher import make_target
+from ldo.update import apply
+from ldo.world_model import WorldModel
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "wan2.1-1.3b.yaml"
+ATTENTION = re.compile(r"attention|flash|fmha|sdp", re.IGNORECASE)
+SHIPPED = {"sandbox": (sandbox.GENERATOR, sandbox.WORLD_MODEL)}
+
+
+# ---------------------------------------------------------------------------------------------- models with random weights
+
+
+def random_model(config: dict, dtype: torch.dtype, device: torch.device, cls: str | None = None) -> torch.nn.Module:
+    """A model as its class initialises it, on ``device``, each weight in the type that from_pretrained would give it."""
+    types = {name: p.dtype for name, p in meta.build(config, dtype, cls).named_parameters()}
+    import diffusers
+    import transformers
+
+    with torch.device(device):
+        if "_class_name" in config:
+            model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+        else:
+            kind = getattr(transformers, cls or config["architectures"][0])
+            model = kind(kind.config_class.from_dict(dict(config)))
+    for name, p in model.named_parameters():
+        p.data = p.data.to(types[name])
+        if not p.any() and p.ndim > 1:  # output layers start at zero: a model that answers nothing is no test
+            torch.nn.init.normal_(p.data, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+def random_text(config: dict, length: int, rng: torch.Generator) -> Text:
+    """One prompt's embeddings, of the shapes that the family's transformer takes."""
+    width = next(config[k] for k in ("text_dim", "text_embed_dim", "caption_channels") if k in config)
+    tensors = {"embeds": torch.randn(1, length, width, generator=rng), "mask": torch.ones(1, length, dtype=torch.bool)}
+    if "pooled_projection_dim" in config:
+        tensors["pooled"] = torch.randn(1, config["pooled_projection_dim"], generator=rng)
+    return Text(tensors)
+
+
+def random_run(recipe: Recipe) -> run.Run:
+    """A run whose models have the configurations of the recipe's, and random weights."""
+    import diffusers
+
+    world = join(recipe.device)
+    device, dtype = world.device, run.DTYPES[recipe.model.dtype]
+    parts = configs(SHIPPED.get(recipe.model.path, (recipe.model.path,))[0])
+    judged = configs(SHIPPED.get(recipe.world_model.path, (None, recipe.world_model.path))[1])
+    if parts is None or judged is None:
+        raise SystemExit(f"no configuration of {recipe.model.path if parts is None else recipe.world_model.path} is known here")
+    index, scheduler = parts["model_index"], parts["scheduler"]
+    kind = getattr(diffusers, index["_class_name"])
+    given = {name: random_model(parts[name], dtype, device) for name in ("transformer", "transformer_2", "vae") if name in parts}
+    given["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    given |= {k: index[k] for k in ("boundary_ratio", "expand_timesteps") if index.get(k) is not None}
+    pipeline = kind(
+        **{name: given.get(name) for name in inspect.signature(kind.__init__).parameters if (name != "self" and name in given) or _part(name)}
+    )
+    model = generator.adapter(recipe.model.family)(pipeline, run.options(recipe))
+    judge = WorldModel(random_model(judged["config"], run.DTYPES[recipe.world_model.dtype], device, "VJEPA2Model"))
+    parameters = lora.add(model.transformers, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
+    run.configure(recipe, model, judge, device)
+    prompts = [PromptLine(f"prompt {i}") for i in range(recipe.rl.prompts)]
+    here = run.Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, recipe.model.path)
+    known = {p.text: random_text(parts["transformer"], model.text_length, torch_rng(0, "text", i)) for i, p in enumerate(prompts)}
+    known[""] = random_text(parts["transformer"], model.text_length, torch_rng(0, "text"))
+    here.__dict__["texts"] = lambda texts: Text.cat([known[t] for t in texts]).to(device)
+    return here
+
+
+def _part(name: str) -> bool:
+    return name.startswith(("text_encoder", "tokenizer"))
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+class Meter:
+    """Runs parts twice and keeps their figures."""
+
+    def __init__(self, device: torch.device, once: bool):
+        self.device, self.once, self.rows = device, once, {}
+
+    def part(self, name: str, work: Callable[[], Any]) -> Any:
+        """Figures of ``work()``; returns what it returned last."""
+        gpu = self.device.type == "cuda"
+        for _ in range(1 if self.once else 2):
+            if gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            result = work()
+            if gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        self.rows[name] = {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None}
+        peak = f"{self.rows[name]['peak_bytes'] / 2**30:8.1f} GiB" if gpu else ""
+        print(f"{name:52} {seconds:9.2f} s {peak}", flush=True)
+        return result
+
+    def operations(self, name: str, work: Callable[[], Any], rate: float) -> None:
+        """Count the operations of ``work`` and hold them against ``rate`` (FLOP/s); needs the part's seconds."""
+        with FlopCounterMode(display=False) as counter:
+            work()
+        row = self.rows[name]
+        row["flop"] = counter.get_total_flops()
+        row["mfu"] = row["flop"] / row["seconds"] / rate
+        print(f"{'':52} {row['flop'] / 1e12:9.1f} TFLOP, {row['mfu']:.1%} of this device's matmul rate", flush=True)
+
+    def kernels(self, work: Callable[[], Any]) -> dict[str, float]:
+        """Attention kernels of ``work`` and their seconds (on a CPU: operators)."""
+        gpu = self.device.type == "cuda"
+        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
+        with torch.profiler.profile(activities=kinds) as found:
+            work()
+        rows = {}
+        for event in found.key_averages():
+            spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+            if ATTENTION.search(event.key) and spent:
+                rows[event.key] = spent / 1e6
+        return dict(sorted(rows.items(), key=lambda row: -row[1])[:8])
+
+
+def clips_of(here: run.Run, meter: Meter) -> Clips:
+    """Random clips, encoded one by one as the cache does it."""
+    d, count = here.recipe.data, here.recipe.align.batch
+    frames = torch.rand((1, d.frames, 3, d.height, d.width), generator=torch_rng(0, "frames")).to(here.world.device)
+    z = meter.part("encode a clip (VAE)", lambda: here.generator.encode_video(frames)).cpu()
+    target = meter.part("forecast a clip (teacher)", lambda: make_target(here.judge, frames, here.recipe.teacher)).to(torch.device("cpu"))
+
+    def rows(index: torch.Tensor) -> dict[str, torch.Tensor]:
+        n = len(index)
+        whole = {"latents": z, "y": target.y_BNE, "weight": target.weight_BN, "grid": torch.tensor([[*target.grid, target.skip]])}
+        return {k: v.expand(n, *v.shape[1:]) for k, v in whole.items()}
+
+    size = (d.frames, d.height, d.width)
+    return Clips([here.prompts[i % len(here.prompts)].text for i in range(count)], [size] * count, [Path("random")] * count, rows)
+
+
+def measure(recipe: Recipe, quick: bool) -> dict:
+    """All figures of a recipe."""
+    here = random_run(recipe)
+    device, config = here.world.device, recipe.align
+    meter = Meter(device, quick)
+    rate = common.matmul_tflops(device, run.DTYPES[recipe.model.dtype]) * 1e12
+    clips = clips_of(here, meter)
+    aligner = align.make_aligner(here)
+    rows = torch.arange(config.batch)
+    shape = align.latent_shape(here, clips, rows)
+    noise = torch.randn((config.batch, *shape), generator=torch_rng(0, "noise"))
+    t_B = here.generator.training_times(torch.rand(config.batch, generator=torch_rng(0, "times")), shape)
+    optimizer = torch.optim.AdamW(here.parameters.values(), lr=1e-5)
+    parts = align.micro_batches(list(range(config.batch)), config.micro_batch)
+
+    def forward_backward(part: list[int]) -> None:
+        flow_loss, pda = align.losses(here, aligner, clips, rows[part], noise[part], t_B[part])
+        (flow_loss + recipe.teacher.weight * pda).backward()
+
+    def stage1() -> None:
+        for part in parts:
+            forward_backward(part)
+        apply(optimizer, list(here.parameters.values()), here.world, 1.0, 1e-5, "bench")
+
+    name = f"align: a step on {config.batch} clips, {len(parts[0])} at a time"
+    meter.part(name, stage1)
+    one = f"align: forward and backward of {len(parts[0])}"
+    meter.part(one, lambda: forward_backward(parts[0]))
+    if not recipe.model.gradient_checkpointing or device.type == "cuda":
+        meter.operations(one, lambda: forward_backward(parts[0]), rate)
+    kernels = {"generator": meter.kernels(lambda: forward_backward(parts[0]))}
+    frames = torch.rand((1, recipe.critic.window, 3, here.judge.crop, here.judge.crop), device=device)
+    kernels["world model"] = meter.kernels(lambda: here.judge.encode(frames))
+    optimizer.zero_grad(set_to_none=True)
+
+    rl = recipe.rl
+    lora.restore(here.parameters, here.fresh)
+    videos = rl.prompts * rl.group_size
+    rollout, figures = meter.part(f"reinforce: sample and score {videos} videos", lambda: reinforce.collect(here, 1, here.fresh))
+
+    def update() -> dict[str, float]:
+        lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
+        return reinforce.learn(here, rollout, 1, optimizer, here.fresh)
+
+    learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update)
+    return {"parts": meter.rows, "kernels": kernels, "figures": figures | learnt, "matmul_tflops": rate / 1e12}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default=str(RECIPE))
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="each part once")
+    args = parser.parse_intermixed_args()
+    if "=" in args.recipe:
+        args.recipe, args.overrides = str(RECIPE), [args.recipe, *args.overrides]
+    # two groups are enough to see an update's cost, and each of them its own optimizer step
+    recipe = read(args.recipe, ["rl.prompts=2", "rl.minibatches=2", "align.batch=4", *args.overrides, "stages=[align,reinforce]"])
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    plan = memory.plan(recipe, *(str(SHIPPED[p][i]) if p in SHIPPED else p for i, p in enumerate((recipe.model.path, recipe.world_model.path))))
+    predicted = {stage.name: {phase.name: phase.total for phase in stage.phases} for stage in plan.stages()} if plan else {}
+    found = measure(recipe, args.quick)
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    for name, phases in predicted.items():
+        print(f"ldo.check says of {name}: {max(phases.values()) / 2**30:.1f} GiB at {max(phases, key=phases.get)}")
+    for model, rows in found["kernels"].items():
+        print(f"attention of the {model}: " + (", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in rows.items()) or "none found"))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {**common.record(device), "recipe": dataclasses.asdict(recipe), "predicted_bytes": predicted, **found}
+        args.out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
