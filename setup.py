@@ -125,7 +125,7 @@ setup(
     packages=[*find_packages(include=["ldo", "ldo.*"]), "ldo.kernels", "ldo.recipes"],
     package_dir={"ldo.kernels": "kernels", "ldo.recipes": "recipes"},
     package_data={
-        "ldo.recipes": ["*.yaml"],
+        "ldo.recipes": ["*.yaml", "*.txt"],
         "ldo.generator": ["published/*.json"],
         "ldo.report": ["style.css"],
         "ldo.sandbox": ["thresholds.json", "models/**/*.json", "models/**/*.safetensors"],

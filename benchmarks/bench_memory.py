@@ -76,12 +76,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="the first two models")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     rows = []
     print(f"{'model':38} {'pass':26} {'predicted MiB':>14} {'measured MiB':>13} {'ratio':>6}")
-    for name, blocks, latent, text in GPU if gpu else CPU:
+    for name, blocks, latent, text in (GPU if gpu else CPU)[: 2 if args.quick else None]:
         config = published.configs(name)["transformer"]
         family = meta.family(config)
         whole = json.dumps(config | dict.fromkeys(family.counts, blocks))

@@ -3,7 +3,7 @@
 #
 #   sh benchmarks/gpu_check.sh [--force] [--quick] [--results DIR] [PART ...]
 #
-# Parts, in order: build tests sanitizer align-sizes align-cases align-widths residual advantage step
+# Parts, in order: build tests sanitizer align-sizes align-cases align-widths residual advantage step memory model model-long
 # Results: DIR/<device>/<part>.json (default benchmarks/results), each beside its log. A part whose JSON is of this very
 # commit is skipped, unless --force. The last lines sum up. Exit code 1 if a part failed.
 #
@@ -17,7 +17,7 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
-ALL="build tests sanitizer align-sizes align-cases align-widths residual advantage step"
+ALL="build tests sanitizer align-sizes align-cases align-widths residual advantage step memory model model-long"
 force='' quick='' results=benchmarks/results parts=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -151,6 +151,17 @@ run() {
             bench step bench_step.py $(pick 'recipes/sandbox.yaml align.batch=4 rl.prompts=2 rl.group_size=2 rl.steps=4' '' '')
         else
             echo "== step: left out, diffusers or av is not installed"
+        fi
+        ;;
+    memory)
+        if has diffusers av; then bench memory bench_memory.py; else echo "== memory: left out, diffusers or av is not installed"; fi
+        ;;
+    model | model-long) # a real model's step in its published configuration, random weights
+        if has diffusers av; then
+            size=$([ "$1" = model ] || echo 'data.frames=81 data.height=480 data.width=832 rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2')
+            bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/wan2.1-1.3b.yaml $size" "recipes/wan2.1-1.3b.yaml $size")
+        else
+            echo "== $1: left out, diffusers or av is not installed"
         fi
         ;;
     esac

@@ -92,8 +92,9 @@ class Plan:
     @property
     def wide(self) -> int:
         """Bytes of all weights as from_pretrained leaves them, before any is stored in 8 bits."""
-        return sum(passes.sizes(json.dumps(self.parts[p]), self.dtype, self._class(p), False)[1] for p in self._sizes if p != "world_model") + (
-            self.weights["world_model"]
+        return (
+            sum(passes.sizes(json.dumps(self.parts[p]), self.dtype, self._class(p), False)[1] for p in self._sizes if p != "world_model")
+            + (self.weights["world_model"])
         )
 
     @cached_property
