@@ -104,8 +104,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunked")) -> None:
     """One line a comparison: our best variant against floor, eager and compile."""
     result = json.loads(path.read_text())
-    if "rows" not in result:
+    if "seconds" in result:
         print(f"{path.name}: " + "; ".join(f"{part} {statistics.median(s):.3g} s" for part, s in result["seconds"].items()))
+        return
+    if "parts" in result:
+        peak = lambda row: f", {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""  # noqa: E731
+        print(f"{path.name}: " + "; ".join(f"{part} {row['seconds']:.3g} s{peak(row)}" for part, row in result["parts"].items()))
+        return
+    if "predicted" in result["rows"][0]:
+        ratios = [row["predicted"] / row["measured"] for row in result["rows"]]
+        print(f"{path.name}: {len(ratios)} passes, predicted / measured {min(ratios):.3f} to {max(ratios):.3f}")
         return
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
