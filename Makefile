@@ -15,7 +15,7 @@ train: $(READY)
 	$(BIN)/python -m ldo.train recipes/sandbox.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
