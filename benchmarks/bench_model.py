@@ -27,21 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout 
 
 from benchmarks import common
 from ldo import align, generator, lora, memory, meta, reinforce, run
-from ldo.config import Recipe, read
+from ldo.check import Checked, check
+from ldo.config import read
 from ldo.data import PromptLine
 from ldo.distributed import join
 from ldo.encode import Clips
 from ldo.generator import Text
 from ldo.generator.published import configs
 from ldo.rng import torch_rng
-from ldo.sandbox import dataset as sandbox
 from ldo.teacher import make_target
 from ldo.update import apply
 from ldo.world_model import WorldModel
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "wan2.1-1.3b.yaml"
 ATTENTION = re.compile(r"attention|flash|fmha|sdp", re.IGNORECASE)
-SHIPPED = {"sandbox": (sandbox.GENERATOR, sandbox.WORLD_MODEL)}
 
 
 # ---------------------------------------------------------------------------------------------- models with random weights
@@ -50,15 +49,8 @@ SHIPPED = {"sandbox": (sandbox.GENERATOR, sandbox.WORLD_MODEL)}
 def random_model(config: dict, dtype: torch.dtype, device: torch.device, cls: str | None = None) -> torch.nn.Module:
     """A model as its class initialises it, on ``device``, each weight in the type that from_pretrained would give it."""
     types = {name: p.dtype for name, p in meta.build(config, dtype, cls).named_parameters()}
-    import diffusers
-    import transformers
-
     with torch.device(device):
-        if "_class_name" in config:
-            model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
-        else:
-            kind = getattr(transformers, cls or config["architectures"][0])
-            model = kind(kind.config_class.from_dict(dict(config)))
+        model = meta.construct(config, cls)
     for name, p in model.named_parameters():
         p.data = p.data.to(types[name])
         if not p.any() and p.ndim > 1:  # output layers start at zero: a model that answers nothing is no test
@@ -68,21 +60,20 @@ def random_model(config: dict, dtype: torch.dtype, device: torch.device, cls: st
 
 def random_text(config: dict, length: int, rng: torch.Generator) -> Text:
     """One prompt's embeddings, of the shapes that the family's transformer takes."""
-    width = next(config[k] for k in ("text_dim", "text_embed_dim", "caption_channels") if k in config)
-    tensors = {"embeds": torch.randn(1, length, width, generator=rng), "mask": torch.ones(1, length, dtype=torch.bool)}
+    tensors = {"embeds": torch.randn(1, length, meta.text_width(config), generator=rng), "mask": torch.ones(1, length, dtype=torch.bool)}
     if "pooled_projection_dim" in config:
         tensors["pooled"] = torch.randn(1, config["pooled_projection_dim"], generator=rng)
     return Text(tensors)
 
 
-def random_run(recipe: Recipe) -> run.Run:
+def random_run(checked: Checked) -> run.Run:
     """A run whose models have the configurations of the recipe's, and random weights."""
     import diffusers
 
+    recipe = checked.recipe
     world = join(recipe.device)
     device, dtype = world.device, run.DTYPES[recipe.model.dtype]
-    parts = configs(SHIPPED.get(recipe.model.path, (recipe.model.path,))[0])
-    judged = configs(SHIPPED.get(recipe.world_model.path, (None, recipe.world_model.path))[1])
+    parts, judged = configs(checked.model), configs(checked.world_model)
     if parts is None or judged is None:
         raise SystemExit(f"no configuration of {recipe.model.path if parts is None else recipe.world_model.path} is known here")
     index, scheduler = parts["model_index"], parts["scheduler"]
@@ -98,7 +89,7 @@ def random_run(recipe: Recipe) -> run.Run:
     parameters = lora.add(model.transformers, recipe.lora.rank, recipe.lora.alpha, model.lora_targets, recipe.seed)
     run.configure(recipe, model, judge, device)
     prompts = [PromptLine(f"prompt {i}") for i in range(recipe.rl.prompts)]
-    here = run.Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, recipe.model.path)
+    here = run.Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model)
     known = {p.text: random_text(parts["transformer"], model.text_length, torch_rng(0, "text", i)) for i, p in enumerate(prompts)}
     known[""] = random_text(parts["transformer"], model.text_length, torch_rng(0, "text"))
     here.__dict__["texts"] = lambda texts: Text.cat([known[t] for t in texts]).to(device)
@@ -174,9 +165,9 @@ def clips_of(here: run.Run, meter: Meter) -> Clips:
     return Clips([here.prompts[i % len(here.prompts)].text for i in range(count)], [size] * count, [Path("random")] * count, rows)
 
 
-def measure(recipe: Recipe, quick: bool) -> dict:
+def measure(checked: Checked, quick: bool) -> dict:
     """All figures of a recipe."""
-    here = random_run(recipe)
+    here, recipe = random_run(checked), checked.recipe
     device, config = here.world.device, recipe.align
     meter = Meter(device, quick)
     rate = common.matmul_tflops(device, run.DTYPES[recipe.model.dtype]) * 1e12
@@ -232,12 +223,13 @@ def main() -> int:
     if "=" in args.recipe:
         args.recipe, args.overrides = str(RECIPE), [args.recipe, *args.overrides]
     # two groups are enough to see an update's cost, and each of them its own optimizer step
-    recipe = read(args.recipe, ["rl.prompts=2", "rl.minibatches=2", "align.batch=4", *args.overrides, "stages=[align,reinforce]"])
+    checked = check(read(args.recipe, ["rl.prompts=2", "rl.minibatches=2", "align.batch=4", *args.overrides, "stages=[align,reinforce]"]))
+    recipe = checked.recipe
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    plan = memory.plan(recipe, *(str(SHIPPED[p][i]) if p in SHIPPED else p for i, p in enumerate((recipe.model.path, recipe.world_model.path))))
+    plan = memory.plan(recipe, checked.model, checked.world_model)
     predicted = {stage.name: {phase.name: phase.total for phase in stage.phases} for stage in plan.stages()} if plan else {}
-    found = measure(recipe, args.quick)
+    found = measure(checked, args.quick)
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
     for name, phases in predicted.items():
         print(f"ldo.check says of {name}: {max(phases.values()) / 2**30:.1f} GiB at {max(phases, key=phases.get)}")

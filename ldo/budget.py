@@ -97,11 +97,9 @@ def _candidates(plan: Plan) -> list[tuple[str, Any, bool]]:
 
 
 def _with(recipe: Recipe, key: str, value: Any) -> Recipe | None:
-    """The recipe with one key changed; None where it has no such key, or that value or less already."""
+    """The recipe with one key changed; None where it has that value or less already."""
     section, name = key.split(".")
     part = getattr(recipe, section)
-    if name not in {f.name for f in dataclasses.fields(part)}:
-        return None
     now = getattr(part, name)
     if now == value or (isinstance(value, int) and not isinstance(value, bool) and 0 < now < value):
         return None

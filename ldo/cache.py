@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ldo.config import RecipeError
@@ -69,11 +69,13 @@ def present(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Tensor] | None:
     """An entry's tensors; None where there is none, or one that is cut short, not ours, or damaged."""
-    if not present(path):
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if about.get("entry") == path.stem else {}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError):
         return None
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        return tensors if file.metadata()["crc"] == str(_crc(tensors)) else None
+    return tensors if tensors and about["crc"] == str(_crc(tensors)) else None
 
 
 def _crc(tensors: dict[str, Tensor]) -> int:

@@ -232,6 +232,11 @@ class Recipe:
         return Path(self.out) / self.name
 
     @property
+    def on_disk(self) -> bool:
+        """Are encoded clips and prompts kept on disk? The shipped models' are small and quick to make."""
+        return self.model.path != "sandbox"
+
+    @property
     def cache(self) -> Path:
         """Folder of encoded clips and prompts, shared by all runs."""
         return Path(self.data.cache) if self.data.cache else Path(self.out) / "cache"

@@ -90,7 +90,7 @@ def prepare(run: Run) -> Clips:
             clips = sandbox_clips(run)
         elif run.clips is not None:
             _same_as_before(run, clips)
-        run.prepared = _on_disk(run, clips) if run.disk else _in_memory(run, clips)
+        run.prepared = _on_disk(run, clips) if run.recipe.on_disk else _in_memory(run, clips)
     return run.prepared
 
 

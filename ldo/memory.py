@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 
 from ldo import meta, passes
-from ldo.config import Recipe, RecipeError
+from ldo.config import Recipe
 from ldo.generator.published import configs
 from ldo.passes import Alignment, Step
 from ldo.sandbox.simulate import FRAMES
@@ -25,7 +25,6 @@ from ldo.sandbox.simulate import FRAMES
 PREPARED = 32  # clips encoded and prompts embedded at a time where they are kept in memory
 JUDGED = 50  # clips scored at a time at the gate
 OWN = 16  # clips sampled at a time in self mode, without rl.micro_batch
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Stage:
 
 
 class Plan:
-    """A recipe on ``gpus`` GPUs, with the configurations of its models.
+    """A recipe that ``ldo.check`` found sound, on ``gpus`` GPUs, with the configurations of its models.
 
-    RecipeError where the model cannot take clips of the recipe's size, or a LoRA target fits no layer.
+    RecipeError where a LoRA target fits no layer.
     """
 
     def __init__(self, recipe: Recipe, parts: dict[str, dict], judge: dict, gpus: int = 1, clips: int | None = None):
@@ -68,40 +67,31 @@ class Plan:
         self.clips = recipe.data.clips if clips is None else clips
         self.geometry = meta.geometry(parts)
         self.time = self.geometry.time
-        self.dtype, self.judge_dtype = DTYPES[recipe.model.dtype], DTYPES[recipe.world_model.dtype]
+        self.dtype, self.judge_dtype = (getattr(torch, part.dtype) for part in (recipe.model, recipe.world_model))
         self.judge, self.judge_text = judge, json.dumps(judge)
         self.config, self.vae = json.dumps(parts["transformer"]), json.dumps(parts["vae"])
         self.family = meta.family(parts["transformer"])
         self.targets = self.family.targets
-        d, name = recipe.data, meta.family(parts["transformer"]).name
-        if recipe.model.family != name:
-            raise RecipeError(f"model.family is {recipe.model.family!r}, but {recipe.model.path} holds a {name} model; set model.family={name}")
-        problem = self.geometry.problem(d.frames, d.height, d.width)
-        if problem:
-            raise RecipeError(f"data: {problem}")
-        # clips and prompts are encoded one at a time and kept on disk, but for the sandbox's models: those make them 32 at a time, in memory
-        self.on_disk = recipe.model.path != "sandbox"
+        d, m = recipe.data, recipe.model
+        self.on_disk = recipe.on_disk  # clips and prompts are then encoded one at a time, else PREPARED at a time and kept in memory
         self.length = meta.text_length(parts["transformer"], recipe.model.text_length)
         self.size = (d.frames, d.height, d.width)
         self.latent = self.geometry.latents(*self.size)
-        self.switches = {key: bool(getattr(recipe.model, key, False)) for key in ("fp8", "vae_tiling", "vae_slicing")}
-        self.offload = tuple(getattr(recipe.model, "offload", ()))  # parts that wait on the CPU: text, vae, world_model
+        self.fp8, self.tiling, self.slicing, self.offload = m.fp8, m.vae_tiling, m.vae_slicing, m.offload
 
     # ------------------------------------------------------------------------------------------ what is counted
 
     @property
     def wide(self) -> int:
         """Bytes of all weights as from_pretrained leaves them, before any is stored in 8 bits."""
-        return (
-            sum(passes.sizes(json.dumps(self.parts[p]), self.dtype, self._class(p), False)[1] for p in self._sizes if p != "world_model")
-            + (self.weights["world_model"])
-        )
+        parts = [p for p in self._sizes if p != "world_model"]
+        return sum(passes.sizes(json.dumps(self.parts[p]), self.dtype, self._class(p))[1] for p in parts) + self.weights["world_model"]
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Parameters and bytes of each model."""
         parts = [p for p in ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "vae") if p in self.parts]
-        fp8 = {p: self.switches["fp8"] and p.startswith("transformer") for p in parts}
+        fp8 = {p: self.fp8 and p.startswith("transformer") for p in parts}
         out = {p: passes.sizes(json.dumps(self.parts[p]), self.dtype, self._class(p), fp8[p]) for p in parts}
         return out | {"world_model": passes.sizes(self.judge_text, self.judge_dtype)}
 
@@ -151,8 +141,7 @@ class Plan:
     @property
     def text(self) -> int:
         """Bytes of one prompt's embeddings."""
-        width = next(self.parts["transformer"][k] for k in ("text_dim", "text_embed_dim", "caption_channels") if k in self.parts["transformer"])
-        return self.length * width * self.dtype.itemsize
+        return self.length * meta.text_width(self.parts["transformer"]) * self.dtype.itemsize
 
     @cached_property
     def alignment(self) -> Alignment:
@@ -178,12 +167,12 @@ class Plan:
             branches=2 if guided and not joined else 1,
             joined=joined,
             per_token=bool(self.parts["model_index"].get("expand_timesteps")),
-            fp8=self.switches["fp8"] and not stock,
+            fp8=self.fp8 and not stock,
         )
 
     def vae_bytes(self, batch: int, encode: bool = False) -> int:
-        one = passes.vae_bytes(self.vae, self.dtype, self.size, self.latent, encode, self.switches["vae_tiling"])
-        return one + (batch - 1) * (self.latents if encode else 2 * self.video) if self.switches["vae_slicing"] else batch * one
+        one = passes.vae_bytes(self.vae, self.dtype, self.size, self.latent, encode, self.tiling)
+        return one + (batch - 1) * (self.latents if encode else 2 * self.video) if self.slicing else batch * one
 
     def critic_bytes(self, batch: int) -> int:
         return batch * passes.critic_bytes(self.judge_text, self.judge_dtype, self.recipe.critic, self.size)

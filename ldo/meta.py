@@ -1,7 +1,7 @@
 """Models from their configurations alone, on the meta device: true shapes and types, no weights, no memory.
 
-Each transformer class has one entry of ``FAMILIES``: which configuration keys count its blocks, where the blocks are, and how it
-is called on latents of a given shape. What carries a LoRA, and how long texts are, its adapter in ldo/generator says.
+Each transformer class has one entry of ``FAMILIES``: which configuration keys count its blocks, and how it is called on latents of a
+given shape. Where the blocks are, what carries a LoRA, and how long texts are, its adapter in ldo/generator says.
 
 Shapes: B videos, latents (C, T, H, W) of one, L text tokens.
 """
@@ -29,7 +29,6 @@ class Family:
 
     name: str  # of its adapter in ldo/generator
     counts: tuple[str, ...]  # configuration keys that count blocks, in the order in which the blocks run
-    lists: tuple[str, ...]  # attributes that hold them
     call: Callable[..., dict[str, Any]]  # (config, batch, latent, text, dtype) -> arguments of forward
     joined_guidance: bool = False  # the stock pipeline joins both branches of guidance in one batch
 
@@ -89,12 +88,11 @@ def _ltx(config: dict, batch: int, latent: tuple[int, ...], text: int, dtype: to
     }
 
 
-_BLOCKS = ("transformer_blocks",)
 FAMILIES: dict[str, Family] = {
-    "WanTransformer3DModel": Family("wan", ("num_layers",), ("blocks",), _wan),
-    "CogVideoXTransformer3DModel": Family("cogvideox", ("num_layers",), _BLOCKS, _cogvideox, True),
-    "HunyuanVideoTransformer3DModel": Family("hunyuan", ("num_layers", "num_single_layers"), (*_BLOCKS, "single_transformer_blocks"), _hunyuan),
-    "LTXVideoTransformer3DModel": Family("ltx", ("num_layers",), _BLOCKS, _ltx, True),
+    "WanTransformer3DModel": Family("wan", ("num_layers",), _wan),
+    "CogVideoXTransformer3DModel": Family("cogvideox", ("num_layers",), _cogvideox, True),
+    "HunyuanVideoTransformer3DModel": Family("hunyuan", ("num_layers", "num_single_layers"), _hunyuan),
+    "LTXVideoTransformer3DModel": Family("ltx", ("num_layers",), _ltx, True),
 }
 
 
@@ -106,23 +104,29 @@ def family(config: dict) -> Family:
     return FAMILIES[name]
 
 
-def build(config: dict, dtype: torch.dtype, cls: str | None = None) -> nn.Module:
-    """A frozen model on the meta device in ``dtype``; what its class keeps in fp32 stays fp32, as from_pretrained leaves it.
+def construct(config: dict, cls: str | None = None) -> nn.Module:
+    """A model as its class initialises it, on the default device in fp32.
 
     ``cls`` names the class where the configuration does not (a text encoder's comes from model_index).
     """
     import diffusers
     import transformers
 
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    kind = getattr(transformers, cls or config["architectures"][0])
+    return kind(kind.config_class.from_dict(dict(config)))
+
+
+def build(config: dict, dtype: torch.dtype, cls: str | None = None) -> nn.Module:
+    """A frozen model (``construct``) on the meta device in ``dtype``; what its class keeps in fp32 stays fp32, as from_pretrained leaves it."""
+    import diffusers
+
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every cast that from_pretrained makes too
     try:
         with torch.device("meta"):
-            if "_class_name" in config:
-                model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
-            else:
-                kind = getattr(transformers, cls or config["architectures"][0])
-                model = kind(kind.config_class.from_dict(dict(config)))
+            model = construct(config, cls)
     finally:
         diffusers.utils.logging.set_verbosity(level)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if "_class_name" in config else set()
@@ -158,7 +162,7 @@ def add_lora(transformer: nn.Module, rank: int, alpha: float, targets: tuple[str
 
 def blocks(transformer: nn.Module) -> list[nn.Module]:
     """The transformer's blocks in the order in which they run."""
-    return [b for name in FAMILIES[type(transformer).__name__].lists for b in getattr(transformer, name)]
+    return generator.adapter(FAMILIES[type(transformer).__name__].name).blocks(transformer)
 
 
 def geometry(configs: dict[str, dict]) -> Geometry:
@@ -167,6 +171,11 @@ def geometry(configs: dict[str, dict]) -> Geometry:
         return folder.geometry(family(configs["transformer"]).name, configs["vae"], configs["transformer"])
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from None
+
+
+def text_width(config: dict) -> int:
+    """Features of a text token, as the transformer takes them."""
+    return next(config[key] for key in ("text_dim", "text_embed_dim", "caption_channels") if key in config)
 
 
 def text_length(config: dict, asked: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldo import critic, meta, switches, teacher
+from ldo.generator.folder import patch_of
 from ldo.live import Live, kernels, relation
 from ldo.world_model import Tokens, WorldModel, window_starts
 
@@ -148,18 +149,13 @@ def training_bytes(step: Step, alignment: Alignment | None = None) -> int:
 def _relation(alignment: Alignment, hidden: Tensor, step: Step, config: dict) -> Tensor:
     b, t, side = step.batch, *alignment.grid[:2]
     tokens = t * side * side
-    patch = _patch(config)
+    patch = patch_of(config)
     grid = tuple(n // p for n, p in zip(step.latent[1:], patch, strict=True))
     target = teacher.Target(torch.empty(b, tokens, alignment.dim, device="meta"), torch.empty(b, tokens, device="meta"), alignment.grid, 0)
     with torch.device("meta"):
         aligner = teacher.Aligner(alignment.teacher, hidden.shape[-1], alignment.dim, alignment.vae_time, alignment.tubelet)
     video = hidden[:, : grid[0] * grid[1] * grid[2]]  # without text tokens, where a block's output holds both
     return aligner(Tokens(video, grid), target)
-
-
-def _patch(config: dict) -> tuple[int, ...]:
-    patch = config.get("patch_size", 1)
-    return tuple(patch) if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
 
 
 @cache

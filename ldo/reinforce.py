@@ -100,7 +100,7 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
         mean_ref = reference_means(run, trajectory, plan, text, null) if rl.kl and rl.objective == "grpo" else None
     before = decode(run.generator, quiet, few).repeat_interleave(rl.group_size, 0)
 
-    scored = torch.cat([part for rows in frames.split(micro) for part in [columns(run, rows)]])
+    scored = torch.cat([columns(run, rows) for rows in frames.split(micro)])
     penalties, weights, names = critic.guards(frames, before, recipe.critic)
     rewards = torch.cat([scored[:, :1], penalties], 1)
     ids = torch.tensor(groups, device=device).repeat_interleave(rl.group_size)
@@ -162,58 +162,68 @@ def micro_losses(
 
     ``old``: the adapter values that sampled (nft, awm); None as long as they are still the present ones.
     """
-    rl, size = run.recipe.rl, run.recipe.rl.group_size
-    null = run.texts([""])
-    trajectory, plan = rollout.trajectory, rollout.plan
-    micro = micro_batch(run)
+    size, micro, null = run.recipe.rl.group_size, micro_batch(run), run.texts([""])
     for group in groups:
         at = rollout.groups.index(group) * size
         if not rollout.advantage_N[at : at + size].any():  # nothing to tell apart in this group
             continue
-        if rl.objective == "grpo":
-            spans = [plan.times[i] - plan.times[i + 1] for i in plan.window]
-            for s, index in enumerate(plan.window):
-                for rows in (slice(i, i + micro) for i in range(at, at + size, micro)):
-                    mean, std = step(run.generator, trajectory.x_SN[s, rows], index, plan, rollout.text_N[rows], null)
-                    yield objectives.grpo(
-                        mean,
-                        std,
-                        trajectory.next_SN[s, rows],
-                        trajectory.mean_SN[s, rows],
-                        trajectory.logp_SN[s, rows],
-                        None if rollout.mean_ref_SN is None else rollout.mean_ref_SN[s, rows],
-                        rollout.advantage_N[rows],
-                        guard=rl.guard,
-                        clip=rl.guard_clip if rl.guard else rl.clip,
-                        # equal weight for every step, the mean of the weights being 1
-                        weight=(1 / spans[s]) / (sum(1 / a for a in spans) / len(spans)) if rl.guard else 1.0,
-                        kl=rl.kl,
-                    )
-            continue
-        rng = torch_rng(run.seed, "levels", update, group)
-        levels = torch.randperm(rl.steps - 1, generator=rng)[: rl.train_times] + 1  # not pure noise
-        for level in levels.tolist():
-            noise_g = torch.randn((size, *trajectory.final_N.shape[1:]), generator=rng)
-            for i in range(0, size, micro):
-                rows = slice(at + i, at + i + micro)
-                x0, text, advantage = trajectory.final_N[rows], rollout.text_N[rows], rollout.advantage_N[rows]
-                noise = noise_g[i : i + micro].to(x0.device)
-                t_B = torch.full((micro,), plan.times[level], device=x0.device)
-                x_t = flow.noisy(x0, noise, t_B)
-                v_old, v_ref = None, None
-                with torch.no_grad():
-                    if old is not None:
-                        with lora.swapped(run.parameters, old):
-                            v_old = run.generator.velocity(x_t, t_B, text)
-                    if rl.kl:
-                        with lora.swapped(run.parameters, reference):
-                            v_ref = run.generator.velocity(x_t, t_B, text)
-                v = run.generator.velocity(x_t, t_B, text)
-                v_old = v.detach() if v_old is None else v_old
-                if rl.objective == "nft":
-                    yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
-                else:
-                    yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
+        parts = [slice(i, i + micro) for i in range(at, at + size, micro)]
+        if run.recipe.rl.objective == "grpo":
+            yield from _transition_losses(run, rollout, parts, null)
+        else:
+            yield from _level_losses(run, rollout, parts, torch_rng(run.seed, "levels", update, group), old, reference)
+
+
+def _transition_losses(run: Run, rollout: Rollout, parts: list[slice], null: Text) -> Iterator[objectives.Loss]:
+    """A group's losses on the stochastic steps of its rollout, micro-batch by micro-batch."""
+    rl, trajectory, plan = run.recipe.rl, rollout.trajectory, rollout.plan
+    spans = [plan.times[i] - plan.times[i + 1] for i in plan.window]
+    for s, index in enumerate(plan.window):
+        for rows in parts:
+            mean, std = step(run.generator, trajectory.x_SN[s, rows], index, plan, rollout.text_N[rows], null)
+            yield objectives.grpo(
+                mean,
+                std,
+                trajectory.next_SN[s, rows],
+                trajectory.mean_SN[s, rows],
+                trajectory.logp_SN[s, rows],
+                None if rollout.mean_ref_SN is None else rollout.mean_ref_SN[s, rows],
+                rollout.advantage_N[rows],
+                guard=rl.guard,
+                clip=rl.guard_clip if rl.guard else rl.clip,
+                # equal weight for every step, the mean of the weights being 1
+                weight=(1 / spans[s]) / (sum(1 / a for a in spans) / len(spans)) if rl.guard else 1.0,
+                kl=rl.kl,
+            )
+
+
+def _level_losses(
+    run: Run, rollout: Rollout, parts: list[slice], rng: torch.Generator, old: dict[str, Tensor] | None, reference: dict[str, Tensor]
+) -> Iterator[objectives.Loss]:
+    """A group's losses on its videos, noised anew to levels drawn from ``rng``, micro-batch by micro-batch."""
+    rl, final_N = run.recipe.rl, rollout.trajectory.final_N
+    levels = torch.randperm(rl.steps - 1, generator=rng)[: rl.train_times] + 1  # not pure noise
+    for level in levels.tolist():
+        drawn = torch.randn((rl.group_size, *final_N.shape[1:]), generator=rng).split(micro_batch(run))
+        for rows, noise in zip(parts, drawn, strict=True):
+            x0, text, advantage = final_N[rows], rollout.text_N[rows], rollout.advantage_N[rows]
+            noise = noise.to(x0.device)
+            t_B = torch.full((len(x0),), rollout.plan.times[level], device=x0.device)
+            x_t = flow.noisy(x0, noise, t_B)
+            v_old, v_ref = None, None
+            with torch.no_grad():
+                if old is not None:
+                    with lora.swapped(run.parameters, old):
+                        v_old = run.generator.velocity(x_t, t_B, text)
+                if rl.kl:
+                    with lora.swapped(run.parameters, reference):
+                        v_ref = run.generator.velocity(x_t, t_B, text)
+            v = run.generator.velocity(x_t, t_B, text)
+            v_old = v.detach() if v_old is None else v_old
+            if rl.objective == "nft":
+                yield objectives.nft(v, v_old, v_ref, x_t, x0, t_B, advantage, beta=rl.nft_beta, bound=rl.advantage_clip, kl=rl.kl)
+            else:
+                yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
 
 
 def start_values(run: Run) -> dict[str, Tensor]:

@@ -58,11 +58,6 @@ class Run:
     def texts(self) -> Texts:
         return Texts(self)
 
-    @property
-    def disk(self) -> bool:
-        """Are encoded clips and prompts kept on disk? The shipped models' are small and quick to make."""
-        return self.recipe.model.path != "sandbox"
-
     @cached_property
     def versions(self) -> dict[str, str]:
         """Libraries whose code encodes."""
@@ -128,7 +123,7 @@ class Texts:
 
     def __call__(self, prompts: list[str]) -> Text:
         """Embeddings on the run's device."""
-        if self._run.disk:
+        if self._run.recipe.on_disk:
             return Text.cat([self._stored(p) for p in prompts]).to(self._run.world.device)
         new = sorted(set(prompts) - set(self._known))
         for i in range(0, len(new), 32):
@@ -187,7 +182,8 @@ def load(checked: Checked, world: World) -> Run:
     configure(recipe, model, judge, world.device)
     count = sum(p.numel() for p in parameters.values())
     log.info("generator: %s, LoRA rank %d on %d layers, %.2f M weights", checked.model, recipe.lora.rank, len(parameters) // 2, count / 1e6)
-    return Run(recipe, world, model, judge, parameters, lora.snapshot(parameters), prompts, checked.model, checked.clips, None, checked.world_model)
+    fresh = lora.snapshot(parameters)
+    return Run(recipe, world, model, judge, parameters, fresh, prompts, checked.model, checked.clips, world_model_path=checked.world_model)
 
 
 def sandbox_clips(run: Run) -> list[data.Clip]:

@@ -51,13 +51,23 @@ class Adapter:
         """v = e - x_0 from one transformer, fp32."""
         raise NotImplementedError
 
+    def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------ to be replaced where a family differs
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Text:
+        embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device)
+        return Text({"embeds": embeds})
+
     def normalise(self, z: Tensor) -> Tensor:
         """The VAE's latents as the transformer takes them."""
-        raise NotImplementedError
+        return z * self.vae.config.scaling_factor
 
     def restore(self, latents: Tensor) -> Tensor:
         """The inverse of ``normalise``."""
-        raise NotImplementedError
+        return latents / self.vae.config.scaling_factor
 
     def call_arguments(self, guidance: float) -> dict[str, Any]:
         return {"guidance_scale": guidance, "max_sequence_length": self.text_length}
@@ -69,7 +79,8 @@ class Adapter:
         """Which samples each transformer takes; None for all."""
         return {"transformer": None}
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    @staticmethod
+    def blocks(transformer: nn.Module) -> list[nn.Module]:
         """The blocks that can be tapped, in order."""
         return list(transformer.transformer_blocks)
 
@@ -92,9 +103,6 @@ class Adapter:
         return self.vae.decode(z, return_dict=False)[0]
 
     # ------------------------------------------------------------------------------------------ the flow
-
-    def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
-        raise NotImplementedError
 
     def training_times(self, u_B: Tensor, shape: tuple[int, ...], shift: float = 0.0) -> Tensor:
         return flow.training_times(u_B, shift or self.shift(shape))

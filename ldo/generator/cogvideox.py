@@ -39,17 +39,6 @@ class CogVideoX(Adapter):
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         self._table = s / (a + s)  # t of each discrete step, rising
 
-    @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Text:
-        embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device)
-        return Text({"embeds": embeds})
-
-    def normalise(self, z: Tensor) -> Tensor:
-        return z * self.vae.config.scaling_factor
-
-    def restore(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor
-
     def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(steps)

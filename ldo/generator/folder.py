@@ -47,12 +47,17 @@ class Geometry:
         return t // self.patch[0], h // self.patch[1], w // self.patch[2]
 
 
+def patch_of(transformer: dict) -> tuple[int, int, int]:
+    """Latents (t, h, w) of one token of a transformer."""
+    patch = transformer.get("patch_size", 1)
+    return tuple(patch) if isinstance(patch, list | tuple) else (transformer.get("patch_size_t") or 1, patch, patch)
+
+
 def geometry(family: str, vae: dict, transformer: dict) -> Geometry:
     """The geometry that two configurations (``config.json`` as a dict) describe. ValueError for one that is not supported."""
     blocks = transformer["num_layers"] + transformer.get("num_single_layers", 0)
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    patch = transformer.get("patch_size", 1)
-    patch = tuple(patch) if isinstance(patch, list | tuple) else (transformer.get("patch_size_t") or 1, patch, patch)
+    patch = patch_of(transformer)
     if patch[0] != 1:
         raise ValueError(
             f"its transformer's tokens span {patch[0]} latent frames (CogVideoX 1.5 does so); only tokens of one latent frame can be aligned"
@@ -70,7 +75,8 @@ def geometry(family: str, vae: dict, transformer: dict) -> Geometry:
     return Geometry(time, space, patch, transformer["in_channels"], blocks, width)
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A configuration file; ValueError where it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -81,9 +87,9 @@ def read_geometry(path: Path) -> tuple[str, Geometry]:
     """Family and geometry of a diffusers pipeline folder; ValueError says what is wrong with it."""
     if not (path / "model_index.json").is_file():
         raise ValueError(f"{path} is not a diffusers pipeline folder: it has no model_index.json")
-    index = _json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     if index.get("_class_name") in PIPELINES:
-        return geometry_of(path, {"model_index": index} | {part: _json(path / part / "config.json") for part in ("vae", "transformer")})
+        return geometry_of(path, {"model_index": index} | {part: read_json(path / part / "config.json") for part in ("vae", "transformer")})
     return geometry_of(path, {"model_index": index})
 
 

@@ -35,12 +35,6 @@ class Hunyuan(Adapter):
         embeds, pooled, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=self.text_length, device=self.device)
         return Text({"embeds": embeds, "pooled": pooled, "mask": mask})
 
-    def normalise(self, z: Tensor) -> Tensor:
-        return z * self.vae.config.scaling_factor
-
-    def restore(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor
-
     def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
         return scheduler_times(self.pipeline.scheduler, steps, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
 
@@ -58,7 +52,8 @@ class Hunyuan(Adapter):
         )[0]
         return out.float()
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    @staticmethod
+    def blocks(transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def call_arguments(self, guidance: float) -> dict[str, Any]:

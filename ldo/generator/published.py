@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 
+from ldo.generator.folder import read_json
+
 HERE = Path(__file__).resolve().parent / "published"
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "scheduler")
 _OTHER_NAMES = {"zai-org/CogVideoX-2b": "THUDM/CogVideoX-2b", "zai-org/CogVideoX-5b": "THUDM/CogVideoX-5b"}  # one repository, renamed
@@ -42,12 +44,12 @@ def configs(path: str | Path) -> dict[str, dict] | None:
 
 def _from_folder(folder: Path) -> dict[str, dict]:
     if not (folder / "model_index.json").is_file():
-        return {"config": _json(folder / "config.json")}
-    out = {"model_index": _json(folder / "model_index.json")}
+        return {"config": read_json(folder / "config.json")}
+    out = {"model_index": read_json(folder / "model_index.json")}
     for part in PARTS:
         name = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if name.is_file():
-            out[part] = _json(name)
+            out[part] = read_json(name)
     return out
 
 
@@ -58,10 +60,3 @@ def _cached(name: str) -> Path | None:
     snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"
     found = [s for s in snapshots.glob("*") if (s / "config.json").is_file() or (s / "transformer" / "config.json").is_file()]
     return max(found, key=lambda s: s.stat().st_mtime, default=None)
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); is the folder a complete checkpoint?") from None

@@ -44,11 +44,6 @@ class Wan(Adapter):
         self._mean = torch.tensor(self.vae.config.latents_mean).view(shape)
         self._inverse_std = 1.0 / torch.tensor(self.vae.config.latents_std).view(shape)
 
-    @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Text:
-        embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device)
-        return Text({"embeds": embeds})
-
     def normalise(self, z: Tensor) -> Tensor:
         return (z - self._mean.to(z.device)) * self._inverse_std.to(z.device)
 
@@ -85,7 +80,8 @@ class Wan(Adapter):
         )[0]
         return out.float()
 
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+    @staticmethod
+    def blocks(transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.blocks)
 
     def comfy_names(self, lora: dict[str, Tensor]) -> dict[str, Tensor]:
