@@ -20,9 +20,20 @@ from transformers import (
     VJEPA2Model,
 )
 
+from ldo import lora
+from ldo.generator import Generator
 from ldo.sandbox.simulate import NAMES
 
 WORDS = sorted({*NAMES, *["a", "and", "ball", "rolls", "slowly", "quickly", "to", "the", "right", "left", "up", "down", "is", "thrown", "dropped"]})
+
+
+# what every tiny transformer of a family is made of
+_SIZE = dict(num_attention_heads=2, attention_head_dim=16)
+_FOUR = dict(in_channels=4, out_channels=4)
+WAN = dict(**_SIZE, **_FOUR, num_layers=2, patch_size=(1, 2, 2), text_dim=16, freq_dim=16, ffn_dim=64, rope_max_seq_len=32)
+COGVIDEOX = dict(**_SIZE, **_FOUR, num_layers=2, time_embed_dim=16, text_embed_dim=16, sample_width=4, sample_height=4)
+HUNYUAN = dict(**_SIZE, **_FOUR, num_refiner_layers=1, text_embed_dim=16, rope_axes_dim=(4, 6, 6))
+LTX = dict(**_SIZE, num_layers=2, cross_attention_dim=32, caption_channels=16)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -51,21 +62,7 @@ def write_wan(folder: Path, seed: int = 0, experts: int = 1, expand: bool = Fals
         | dict(scale_factor_spatial=4, latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.0, 0.9, 1.1, 0.8])
         | form
     )
-    transformers = [
-        WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=64,
-            num_layers=2,
-            rope_max_seq_len=32,
-        )
-        for _ in range(experts)
-    ]
+    transformers = [WanTransformer3DModel(**WAN) for _ in range(experts)]
     for transformer in transformers:
         torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0)
@@ -102,18 +99,7 @@ def write_cogvideox(folder: Path, seed: int = 0, rotary: bool = True) -> Path:
         scaling_factor=0.7,
     )
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=16,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=17,
-        max_text_seq_length=16,
-        use_rotary_positional_embeddings=rotary,
+        **COGVIDEOX, sample_frames=17, max_text_seq_length=16, use_rotary_positional_embeddings=rotary
     )
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
     scheduler = diffusers.CogVideoXDDIMScheduler(
@@ -154,18 +140,7 @@ def write_hunyuan(folder: Path, seed: int = 0) -> Path:
         norm_num_groups=2,
         scaling_factor=0.5,
     )
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-    )
+    transformer = diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN, num_layers=1, num_single_layers=1, pooled_projection_dim=8)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
     pipeline = diffusers.HunyuanVideoPipeline(
         text_encoder=LlamaModel(llama),
@@ -194,15 +169,7 @@ def write_ltx(folder: Path, seed: int = 0) -> Path:
     )
     vae.latents_mean.normal_(std=0.1)
     vae.latents_std.uniform_(0.7, 1.3)
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=16,
-    )
+    transformer = diffusers.LTXVideoTransformer3DModel(**LTX, in_channels=8, out_channels=8)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=1024, base_shift=0.95, max_image_seq_len=4096, max_shift=2.05, shift_terminal=0.1
@@ -255,51 +222,24 @@ def transformer(family: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
 
     Where the family masks its text, the second sample's ends two tokens early.
     """
-    from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTXVideoTransformer3DModel
-
     torch.manual_seed(seed)
     text, time = torch.randn(2, 6, 16), torch.tensor([300.0, 700.0])
-    size = dict(num_attention_heads=2, num_layers=2)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     if family == "wan":
-        model = WanTransformer3DModel(
-            (1, 2, 2), **size, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64, rope_max_seq_len=32
-        )
+        model = WanTransformer3DModel(**WAN)
         call = {"hidden_states": torch.randn(2, 4, 2, 4, 4), "timestep": time}
     elif family == "cogvideox":
-        model = CogVideoXTransformer3DModel(
-            **size,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            time_embed_dim=16,
-            text_embed_dim=16,
-            sample_width=4,
-            sample_height=4,
-            sample_frames=5,
-            max_text_seq_length=6,
-            use_rotary_positional_embeddings=True,
-        )
+        model = diffusers.CogVideoXTransformer3DModel(**COGVIDEOX, sample_frames=5, max_text_seq_length=6, use_rotary_positional_embeddings=True)
         angle = torch.randn(8, 16)
         call = {"hidden_states": torch.randn(2, 2, 4, 4, 4), "timestep": time, "image_rotary_emb": (angle.cos(), angle.sin())}
     elif family == "ltx":
-        model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, **size, attention_head_dim=16, cross_attention_dim=32, caption_channels=16)
+        model = diffusers.LTXVideoTransformer3DModel(**LTX, in_channels=4, out_channels=4)
         call = {"hidden_states": torch.randn(2, 32, 4), "timestep": time[:, None], "encoder_attention_mask": mask}
         call |= {"num_frames": 2, "height": 4, "width": 4}
     else:
         assert family == "hunyuan"
-        model = HunyuanVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            **size,
-            attention_head_dim=16,
-            num_single_layers=2,
-            num_refiner_layers=1,
-            patch_size=2,
-            guidance_embeds=False,
-            text_embed_dim=16,
-            pooled_projection_dim=16,
-            rope_axes_dim=(4, 6, 6),
+        model = diffusers.HunyuanVideoTransformer3DModel(
+            **HUNYUAN, num_layers=2, num_single_layers=2, pooled_projection_dim=16, guidance_embeds=False
         )
         call = {
             "hidden_states": torch.randn(2, 4, 2, 4, 4),
@@ -308,3 +248,16 @@ def transformer(family: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
             "pooled_projections": torch.randn(2, 16),
         }
     return model.eval(), {**call, "encoder_hidden_states": text, "return_dict": False}
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def adapter(generator: Generator, rank: int = 4, alpha: float = 8.0) -> dict[str, torch.nn.Parameter]:
+    """Put an adapter with something in it on a generator."""
+    parameters = lora.add(generator.transformers, rank, alpha, generator.lora_targets, seed=0)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.normal_(0, 0.3, generator=rng)
+    return parameters

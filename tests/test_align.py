@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from interrupt import interrupted
 
 from ldo import align, checkpoint, lora, selfmode
 from ldo.metrics import read
@@ -42,16 +43,7 @@ def test_resume_is_bitwise(open_run, projector):
     shutil.rmtree(whole.folder)
 
     first = open_run(teacher__projector=projector)
-    steps, apply = [], align.apply
-
-    def dies(*args):
-        steps.append(1)
-        if len(steps) == 6:  # after step 5: one step past the checkpoint at 4
-            raise KeyboardInterrupt
-        return apply(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(align, "apply", dies)
+    with interrupted(align, "apply", 6):  # after step 5: one step past the checkpoint at 4
         align.train(first, "align")
     assert checkpoint.load(first.checkpoint("align"))["step"] == 4
     found = align.train(open_run(teacher__projector=projector), "align")

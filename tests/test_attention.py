@@ -7,6 +7,7 @@ and masks are checked here; the kernels themselves are named by the profiler in 
 import json
 import logging
 import re
+import shutil
 import typing
 from types import SimpleNamespace
 
@@ -322,8 +323,6 @@ def test_a_recipe_is_refused_before_anything_loads(tmp_path, wan_folder, vjepa_f
 
 
 def test_the_class_that_decides_over_masks_is_read_from_the_folder(wan_folder, tmp_path, monkeypatch):
-    import shutil
-
     from ldo import check
 
     folder = shutil.copytree(wan_folder, tmp_path / "wan")

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from interrupt import interrupted
 from safetensors.torch import load_file
 from torch import nn
 
@@ -47,16 +48,6 @@ def latents(model, count=2, seed=0):
 def packed(model, x):
     """Latents as the stock pipeline's call takes them."""
     return {"cogvideox": lambda: x.transpose(1, 2), "ltx": lambda: x.flatten(2).transpose(1, 2)}.get(model.family, lambda: x)()
-
-
-def fill(model, rank=4, alpha=8.0):
-    """An adapter with something in it."""
-    parameters = lora.add(model.transformers, rank, alpha, model.lora_targets, seed=0)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in parameters.values():
-            p.normal_(0, 0.3, generator=rng)
-    return parameters
 
 
 def velocities(model, t=(0.3, 0.95)):
@@ -140,7 +131,7 @@ def test_tap_carries_gradient_and_is_taken_once(model, checkpointing):
     if checkpointing:
         for transformer in model.transformers.values():
             transformer.enable_gradient_checkpointing()
-    parameters = fill(model)
+    parameters = models.adapter(model)
     with model.tap(0) as tap:
         v = model.velocity(latents(model), torch.tensor([0.3, 0.95]), model.encode_text(PROMPTS))
         before = tap.take().x_BND.detach().clone()
@@ -254,7 +245,7 @@ def comfy(model, values):
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (6, 10.0)])
 def test_stock_pipeline_reproduces_the_lora_exactly(model, folder, tmp_path, rank, alpha):
-    parameters = fill(model, rank, alpha)
+    parameters = models.adapter(model, rank, alpha)
     values = lora.snapshot(parameters)
     expected = velocities(model)
     lora.export(tmp_path, values, rank, alpha, model.lora_targets, comfy(model, values))
@@ -271,7 +262,7 @@ def test_stock_pipeline_reproduces_the_lora_exactly(model, folder, tmp_path, ran
 def test_comfy_file_holds_the_same_update(model, folder, tmp_path):
     """Every layer's alpha / rank x up x down, from ComfyUI's file alone, equals the adapter's; diffusers reads the file where it knows the names."""
     rank, alpha = 4, 8.0
-    values = lora.snapshot(fill(model, rank, alpha))
+    values = lora.snapshot(models.adapter(model, rank, alpha))
     lora.export(tmp_path, values, rank, alpha, model.lora_targets, comfy(model, values))
     for name in model.transformers:
         own = lora.of(values, name)
@@ -326,7 +317,7 @@ def layers_of(key: str, updates: dict) -> list[str]:
 
 
 @pytest.mark.slow
-def test_both_stages_resume_to_the_bit_and_end_in_a_lora_for_the_stock_pipeline(folder, open_run, monkeypatch):
+def test_both_stages_resume_to_the_bit_and_end_in_a_lora_for_the_stock_pipeline(folder, open_run):
     family, _ = read_geometry(folder)
     changes = dict(model__path=str(folder), model__family=family, align__steps=3, align__batch=2, rl__updates=3, rl__group_size=2, rl__prompts=2)
     changes |= dict(rl__guidance=2.0, rl__window_range=2, model__gradient_checkpointing=True)
@@ -339,19 +330,10 @@ def test_both_stages_resume_to_the_bit_and_end_in_a_lora_for_the_stock_pipeline(
     assert any((v != whole.fresh[k]).any() for k, v in expected.items())
     shutil.rmtree(whole.folder)
 
-    for module, name, stage in ((align, "apply", align.train), (reinforce, "learn", reinforce.train)):
-        real, calls = getattr(module, name), []
-
-        def dies(*args, real=real, calls=calls):
-            calls.append(1)
-            if len(calls) == 3:  # past the checkpoint at 2
-                raise KeyboardInterrupt
-            return real(*args)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, dies)
-            stage(open_run(**changes), "align") if module is align else stage(open_run(**changes))
-        found = stage(open_run(**changes), "align") if module is align else stage(open_run(**changes))
+    for module, name, stage in ((align, "apply", lambda run: align.train(run, "align")), (reinforce, "learn", reinforce.train)):
+        with interrupted(module, name, 3):  # past the checkpoint at 2
+            stage(open_run(**changes))
+        found = stage(open_run(**changes))
     assert all(torch.equal(found[k], v) for k, v in expected.items())
     assert logs == {n: (whole.folder / n).read_text() for n in logs}
 

@@ -2,6 +2,7 @@
 
 import json
 
+import models
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -9,16 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldo import generator, lora
-
-
-def trained(wan, rank=4, alpha=8.0):
-    """An adapter with something in it."""
-    parameters = lora.add(wan.transformers, rank, alpha, wan.lora_targets, seed=0)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in parameters.values():
-            p.normal_(0, 0.3, generator=rng)
-    return parameters
 
 
 def comfy(wan, values):
@@ -45,7 +36,7 @@ def test_fresh_adapter_changes_nothing_and_is_a_function_of_the_seed(wan, wan_fo
 
 
 def test_swapping_is_bit_exact_even_through_an_error(wan):
-    parameters = trained(wan)
+    parameters = models.adapter(wan)
     own, before = lora.snapshot(parameters), output(wan.transformer)
     with lora.swapped(parameters, lora.zeros(parameters)):
         assert not torch.allclose(output(wan.transformer), before, atol=1e-3)
@@ -57,7 +48,7 @@ def test_swapping_is_bit_exact_even_through_an_error(wan):
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (4, 3.0), (6, 10.0)])
 def test_stock_pipeline_reproduces_the_trained_model_exactly(wan, wan_folder, tmp_path, rank, alpha):
-    parameters = trained(wan, rank, alpha)
+    parameters = models.adapter(wan, rank, alpha)
     expected = output(wan.transformer)
     values = lora.snapshot(parameters)
     lora.export(tmp_path, values, rank, alpha, wan.lora_targets, comfy(wan, values))
@@ -69,7 +60,7 @@ def test_stock_pipeline_reproduces_the_trained_model_exactly(wan, wan_folder, tm
 
 def test_comfy_file_round_trips(wan, wan_folder, tmp_path):
     """ComfyUI's names with .alpha tensors, which diffusers reads too: exactly for alpha / rank a power of two."""
-    parameters = trained(wan, 4, 8.0)
+    parameters = models.adapter(wan, 4, 8.0)
     values = lora.snapshot(parameters)
     lora.export(tmp_path, values, 4, 8.0, wan.lora_targets, comfy(wan, values))
     names = load_file(tmp_path / lora.COMFY["transformer"])
@@ -82,7 +73,7 @@ def test_comfy_file_round_trips(wan, wan_folder, tmp_path):
 
 
 def test_export_is_reproducible_to_the_byte(wan, tmp_path):
-    values = lora.snapshot(trained(wan))
+    values = lora.snapshot(models.adapter(wan))
     for name in "ab":
         lora.export(tmp_path / name, values, 4, 8.0, wan.lora_targets, comfy(wan, values))
     assert (tmp_path / "a" / lora.WEIGHTS["transformer"]).read_bytes() == (tmp_path / "b" / lora.WEIGHTS["transformer"]).read_bytes()

@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 from films import cut, encode, no_frames, ramp, scratched, shake, sound_only
+from interrupt import interrupted
 
 import recipes
 from ldo import align, cache, checkpoint, data, lora, run
@@ -99,16 +100,7 @@ def test_it_trains_and_resumes_bitwise(open_own, tmp_path):
     text = (whole.folder / "align.jsonl").read_text()
     shutil.rmtree(whole.folder)
 
-    steps, apply = [], align.apply
-
-    def dies(*args):
-        steps.append(1)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return apply(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(align, "apply", dies)
+    with interrupted(align, "apply", 6):
         align.train(open_own(), "align")
     again = open_own()
     assert checkpoint.load(again.checkpoint("align"))["step"] == 4

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from interrupt import interrupted
 
 from ldo import align, checkpoint, critic, lora, reinforce
 from ldo.metrics import read
@@ -84,16 +85,7 @@ def test_resume_is_bitwise(open_run, objective):
     whole.checkpoint("align").parent.mkdir(parents=True)
     whole.checkpoint("align").write_bytes(kept)
 
-    learn, calls = reinforce.learn, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:  # in update 3, past the checkpoint at 2
-            raise KeyboardInterrupt
-        return learn(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reinforce, "learn", dies)
+    with interrupted(reinforce, "learn", 4):  # in update 3, past the checkpoint at 2
         reinforce.train(open_run(**changes))
     found = reinforce.train(open_run(**changes))
     assert all(torch.equal(found[k], v) for k, v in expected.items())

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import models
 import pytest
 import torch
+from interrupt import interrupted
 from torch import nn
 
 import recipes
@@ -83,16 +84,7 @@ def test_resume_is_bitwise_in_bf16_and_fp8(open_run):
     whole = open_run(**changes)
     expected = align.train(whole, "align")
     shutil.rmtree(whole.folder)
-    count, apply = [], align.apply
-
-    def dies(*args):
-        count.append(1)
-        if len(count) == 4:  # after step 3: one step past the checkpoint at 2
-            raise KeyboardInterrupt
-        return apply(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(align, "apply", dies)
+    with interrupted(align, "apply", 4):  # after step 3: one step past the checkpoint at 2
         align.train(open_run(**changes), "align")
     assert checkpoint.load(whole.checkpoint("align"))["step"] == 2
     found = align.train(open_run(**changes), "align")
