@@ -40,6 +40,7 @@ WINDOWS = {"cuda": [(16, 4), (64, 1)], "cpu": [(4, 1)]}  # frames, windows timed
 MATRICES = {"fwd": 3, "fwd+bwd": 5}  # N x M fp32 matrices that sdpa_math holds at its worst, about
 ROWS = 1024  # of queries at a time, in fp64
 CPU_BYTES = 2**32
+EVEN = 0.02  # a difference that is no reason to change the order
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ def measure(bench: common.Bench, layer: Layer, functions: dict[str, Callable[...
 
 
 def judge_auto(rows: list[dict[str, Any]], picked: dict[str, str]) -> list[dict[str, Any]]:
-    """For each comparison: the fastest backend, and how many times longer ``auto``'s takes; within the noise of the fastest is the fastest."""
+    """For each comparison: the fastest backend, and how many times longer ``auto``'s takes. Within ``EVEN`` or the noise it counts as the fastest."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ms"]:
@@ -313,7 +314,7 @@ def judge_auto(rows: list[dict[str, Any]], picked: dict[str, str]) -> list[dict[
         slower = auto["ms"] / best["ms"] if auto else None
         fixed = {"model": model, "case": case, "pass": kind, "shape": dict(shape), "auto": picked[model], "fastest": best["variant"]}
         figures = {"ms": best["ms"], "tflops": best["tflops"], "share": best["share"], "slower": slower}
-        found.append({**fixed, **figures, "was_fastest": slower is not None and slower <= 1 + best["spread"]})
+        found.append({**fixed, **figures, "was_fastest": slower is not None and slower <= 1 + max(EVEN, best["spread"])})
     return found
 
 
@@ -347,7 +348,7 @@ def main() -> int:
     found = models(bench)
     name_kernels(bench, found)
     for layer in chosen:
-        bench.attempt(measure, layer, found.functions[layer.model])
+        bench.attempt(lambda bench, layer: measure(bench, layer, found.functions[layer.model]), layer)
     bench.result["auto"] = judge_auto(bench.rows, found.picked)
     show.print_auto(bench.result)
     return bench.finish()
