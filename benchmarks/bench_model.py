@@ -193,12 +193,15 @@ def measure(checked: Checked, quick: bool) -> dict:
     lora.restore(here.parameters, here.fresh)
     videos = rl.prompts * rl.group_size
     rollout, figures = meter.part(f"reinforce: sample and score {videos} videos", lambda: reinforce.collect(here, 1, here.fresh))
+    # a random world model's skill is the same whatever it sees, and an update passes over groups whose videos are all alike
+    rollout = dataclasses.replace(rollout, advantage_N=torch.tensor([1.0, -1.0], device=device).repeat(-(-videos // 2))[:videos])
 
     def update() -> dict[str, float]:
         lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
         return reinforce.learn(here, rollout, 1, optimizer, here.fresh)
 
     learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update)
+    assert learnt.get("grad_norm"), "the update had no gradient: its time is none"
     return {"parts": meter.rows, "kernels": kernels, "figures": figures | learnt, "matmul_tflops": rate / 1e12}
 
 
