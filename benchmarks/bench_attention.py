@@ -210,7 +210,7 @@ def name_kernels(bench: common.Bench, found: Models) -> None:
                 seen = sorted(profiled.families(ran, kind))
                 row = {"model": model, "size": size, "backend": name, "pass": kind, "layers": f"{effect.reached} of {effect.layers}"}
                 rows.append({**row, "families": seen, "wrong": wrong, "names": names})
-                verdict = f"NOT WHAT IT PROMISES: {wrong}" if wrong else ", ".join(seen)
+                verdict = f"NOT AS PROMISED: {wrong}" if wrong else ", ".join(seen)
                 print(f"kernels {model:11} {size:11} {name:14} {kind} {row['layers']:8} {verdict}", flush=True)
                 for key, r in ran.items():
                     print(f"    {r.count:3} x {1e3 * r.seconds:9.3f} ms  {key[:110]}", flush=True)
