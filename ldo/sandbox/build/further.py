@@ -5,8 +5,8 @@
     --write FOLDER            the average as a pipeline in half precision, like the shipped one
 
 Only the transformer learns. The text encoder stays as shipped, so that captions are embedded once and the step is matrices
-alone. Latents and embeddings lie on the device. On a GPU the transformer is compiled and the step, optimizer and
-average included, is one CUDA graph: at this size launches would cost more than arithmetic.
+alone. Latents and embeddings lie on the device. On a GPU the blocks are compiled and the step, optimizer and average
+included, is one CUDA graph: at this size launches would cost more than arithmetic.
 
 Draws come from a generator on the device, seeded by (purpose, step): they depend on the kind of device, but on nothing before
 them, so a slice goes on with the numbers that the whole would have had.
@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from ldo.config import RecipeError
 from ldo.flow import noisy, training_times
 from ldo.generator import Generator, Options
 from ldo.rng import torch_rng
+from ldo.run import quiet
 from ldo.sandbox.build.base import FINE_SHIFT, LENGTH, block_matrices, encode
 from ldo.sandbox.build.pool import pool
 from ldo.sandbox.build.stacked import Stacked, set_rates, stacked, update
@@ -43,6 +45,7 @@ from ldo.sandbox.dataset import GENERATOR
 
 EVERY = 50  # steps between looks at the clock and the loss, which wait for the device
 SAVE_EVERY = 120.0  # seconds
+SAY_EVERY = 20.0
 SPARE = 0.9  # of a slice's time, that a decay is planned into
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -146,21 +149,23 @@ def trained(transformer: nn.Module) -> Trained:
     return Trained(transformer, stacked(matrices, rest), [p.detach().clone() for p in every], torch.zeros((), device=every[0].device))
 
 
-def step(state: Trained, predict: Callable, inputs: tuple[Tensor, ...], settings: Settings) -> None:
+def step(state: Trained, inputs: tuple[Tensor, ...], settings: Settings) -> None:
     """Forward, backward, optimizer and average, with nothing that a CUDA graph cannot hold."""
     x0, noise, t, text = inputs
     every = list(state.transformer.parameters())
     for p in every:
         p.grad = None
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
-        v = predict(noisy(x0, noise, t), t * 1000, text, return_dict=False)[0]
+    # no cache of cast weights: under a graph it would outlive the step
+    cast = torch.autocast(x0.device.type, torch.bfloat16, cache_enabled=False) if settings.precision == "bf16" else nullcontext()
+    with cast:
+        v = state.transformer(noisy(x0, noise, t), t * 1000, text, return_dict=False)[0]
     loss = (v.float() - (noise - x0)).square().mean()
     loss.backward()
     nn.utils.clip_grad_norm_(every, 1.0)
     update(state.optimizer)
     with torch.no_grad():
         torch._foreach_lerp_(state.average, every, 1 - settings.keep)
-        state.loss += loss
+        state.loss.add_(loss)
 
 
 @torch.no_grad()
@@ -258,36 +263,38 @@ def train(
     if found:
         restore(work, state, progress)
     inputs = draw(data, rng := torch.Generator(device), progress.step, settings)
-    if device == "cpu" or eager:
-        advance = partial(step, state, state.transformer, inputs, settings)
-    else:
-        advance = captured(partial(step, state, torch.compile(state.transformer, dynamic=False), inputs, settings), state.tensors)
-    timed = saved = time.monotonic()
-    steps = 0  # since ``timed``
+    advance = partial(step, state, inputs, settings)
+    if device != "cpu" and not eager:
+        for block in state.transformer.blocks:
+            block.compile(dynamic=False)  # all blocks share one compilation
+        advance = captured(advance, state.tensors)
+    timed = saved = said = time.monotonic()
+    first = heard = progress.step
     while not progress.done:
         if decay is not None and progress.decay is None and (decay or progress.seconds):
             left = SPARE * (deadline - time.monotonic())
             progress.decay = (progress.step, decay or max(int(left / progress.seconds), every))
             print(f"the rate falls to zero in {progress.decay[1]} steps from {progress.step}", flush=True)
-        count = min(every, sum(progress.decay) - progress.step) if progress.decay else every
-        for _ in range(count):
+        for _ in range(min(every, sum(progress.decay) - progress.step) if progress.decay else every):
             now = rate(progress.step, settings.warmup, progress.decay)
             set_rates(state.optimizer, progress.step, now * settings.muon_lr, now * settings.lr, settings.weight_decay)
             for held, new in zip(inputs, draw(data, rng, progress.step, settings), strict=True):
                 held.copy_(new)
             advance()
             progress.step += 1
-        loss = state.loss.item() / count  # waits for the device
-        state.loss.zero_()
-        steps += count
-        progress.seconds = (time.monotonic() - timed) / steps
-        if progress.step % (20 * every) == 0 or progress.done:
-            print(f"step {progress.step}  loss {loss:.4f} (last {count})  rate {now:.3f}  {1e3 * progress.seconds:.2f} ms a step", flush=True)
-        over = time.monotonic() > deadline
-        if over or progress.done or time.monotonic() - saved > SAVE_EVERY:
+        total = state.loss.item()  # waits for the device
+        clock = time.monotonic()
+        progress.seconds = (clock - timed) / (progress.step - first)
+        stop = progress.done or clock > deadline
+        if stop or clock - said > SAY_EVERY:
+            mean = total / (progress.step - heard)
+            print(f"step {progress.step}  loss {mean:.4f} since {heard}  rate {now:.3f}  {1e3 * progress.seconds:.2f} ms a step", flush=True)
+            state.loss.zero_()
+            heard, said = progress.step, clock
+        if stop or clock - saved > SAVE_EVERY:
             save(work, state, progress, settings)
-            saved = time.monotonic()
-        if over:
+            saved = clock
+        if stop:
             break
     return progress
 
@@ -323,6 +330,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=kind, help=f"default {getattr(Settings, name.replace('-', '_'))}")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
+    quiet()
     try:
         if args.write:
             write(args.work, args.start, args.write)
