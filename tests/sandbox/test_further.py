@@ -3,8 +3,8 @@
 import copy
 import itertools
 import json
-import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +15,7 @@ from ldo.config import RecipeError
 from ldo.sandbox.build import base, further, quality, stacked
 from ldo.sandbox.dataset import GENERATOR
 from ldo.sandbox.measure import METRICS
+from ldo.update import TrainingError
 
 FOREVER = float("inf")
 SMALL = further.Settings(clips=6, batch=2, warmup=3)
@@ -124,6 +125,14 @@ def test_other_settings_are_refused(tmp_path, cache):
         further.write(tmp_path / "none", GENERATOR, tmp_path / "wan")
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path, cache):
+    work, settings = tmp_path / "work", replace(SMALL, muon_lr=1e30)
+    further.train(work, cache, GENERATOR, "cpu", time.monotonic() - 1, settings, every=1)  # its loss is that before the step
+    with pytest.raises(TrainingError, match="before step 2"):
+        further.train(work, cache, GENERATOR, "cpu", FOREVER, settings, every=1)
+    assert further.read(work)[0].step == 1
+
+
 def test_a_step_asks_the_device_for_nothing():
     """On tensors without values a step that read one would fail, as it would inside a CUDA graph; so would a tensor left on the CPU."""
     with torch.device("meta"):
@@ -169,14 +178,29 @@ def test_resampling_from_hardly_any_noise_is_the_vae(cache):
 
 
 @pytest.mark.gpu
-def test_the_graph_takes_the_steps_of_the_eager_form(tmp_path, cache):
-    settings = further.Settings(clips=6, batch=2, warmup=3, precision="fp32")
+@pytest.mark.parametrize("form", ["graph", "compiled"])
+def test_a_graph_takes_the_steps_of_the_eager_form(tmp_path, cache, form):
+    settings = replace(SMALL, precision="fp32")
     runs = {}
-    for eager in (True, False):
-        work = tmp_path / str(eager)
-        further.train(work, cache, GENERATOR, "cuda", FOREVER, settings, decay=6, eager=eager)
-        runs[eager] = further.load_file(work / "weights-6.safetensors")
+    for each in ("eager", form):
+        further.train(tmp_path / each, cache, GENERATOR, "cuda", FOREVER, settings, decay=6, form=each)
+        runs[each] = further.load_file(tmp_path / each / "weights-6.safetensors")
     start = dict(further.load().transformer.named_parameters())
-    moved = math.sqrt(sum((v - start[k]).square().sum().item() for k, v in runs[True].items()))
-    apart = math.sqrt(sum((v - runs[False][k]).square().sum().item() for k, v in runs[True].items()))
-    assert moved > 0 and apart < 0.02 * moved
+    moved, apart = 0.0, 0.0
+    for k, v in runs["eager"].items():
+        moved += (v - start[k]).square().sum().item()
+        apart += (v - runs[form][k]).square().sum().item()
+    assert moved > 0 and apart < 0.02**2 * moved
+
+
+@pytest.mark.gpu
+def test_slices_on_a_gpu_go_on_where_they_stopped(tmp_path, cache):
+    settings = replace(SMALL, precision="fp32")
+    whole = further.train(tmp_path / "whole", cache, GENERATOR, "cuda", FOREVER, settings, decay=6, form="graph", every=1)
+    for deadline in (time.monotonic() - 1, FOREVER):
+        parts = further.train(tmp_path / "parts", cache, GENERATOR, "cuda", deadline, settings, decay=6, form="graph", every=1)
+    assert whole.step == parts.step == 6
+    for part in ("weights", "average", "optimizer"):
+        a, b = (further.load_file(tmp_path / name / f"{part}-6.safetensors") for name in ("whole", "parts"))
+        for k, v in a.items():
+            assert torch.allclose(v, b[k], rtol=1e-3, atol=1e-5), (part, k)

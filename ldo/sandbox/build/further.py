@@ -42,12 +42,14 @@ from ldo.sandbox.build.base import FINE_SHIFT, LENGTH, block_matrices, encode
 from ldo.sandbox.build.pool import pool
 from ldo.sandbox.build.stacked import Stacked, set_rates, stacked, update
 from ldo.sandbox.dataset import GENERATOR
+from ldo.update import TrainingError
 
 EVERY = 50  # steps between looks at the clock and the loss, which wait for the device
 SAVE_EVERY = 120.0  # seconds
 SAY_EVERY = 20.0
 SPARE = 0.9  # of a slice's time, that a decay is planned into
 PRECISIONS = ("fp32", "tf32", "bf16")
+FORMS = ("compiled", "graph", "eager")  # of a step on a GPU; on a CPU all are eager
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,14 @@ def train(
     deadline: float,
     settings: Settings,
     decay: int | None = None,
-    eager: bool = False,
+    form: str = "compiled",
     every: int = EVERY,
 ) -> Progress:
     """One slice: until ``deadline`` (of time.monotonic), or to the end of the decay. Goes on from ``work`` where something is saved there.
 
     ``decay`` begins the fall of the rate to zero, in so many steps, or at 0 in as many as the time left will hold; one
-    that has begun goes on. RecipeError when ``work`` holds a training with other settings.
+    that has begun goes on. ``form`` is one of FORMS. RecipeError when ``work`` holds a training with other settings, TrainingError
+    when the loss is not finite.
     """
     found = read(work)
     progress, before = found or (Progress(), settings)
@@ -257,6 +260,7 @@ def train(
         raise RecipeError(f"{work} was begun with {changed[0]} = {getattr(before, changed[0])}; give the same, or another --work")
     if device != "cpu":
         torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     model = load(start)
     data = clips(cache, model, settings.clips, device)
     state = trained(model.transformer.to(device))
@@ -264,9 +268,10 @@ def train(
         restore(work, state, progress)
     inputs = draw(data, rng := torch.Generator(device), progress.step, settings)
     advance = partial(step, state, inputs, settings)
-    if device != "cpu" and not eager:
+    if device != "cpu" and form == "compiled":
         for block in state.transformer.blocks:
             block.compile(dynamic=False)  # all blocks share one compilation
+    if device != "cpu" and form != "eager":
         advance = captured(advance, state.tensors)
     timed = saved = said = time.monotonic()
     first = heard = progress.step
@@ -283,6 +288,8 @@ def train(
             advance()
             progress.step += 1
         total = state.loss.item()  # waits for the device
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss is not finite within {every} steps before step {progress.step}; what was saved is intact. Lower the rates")
         clock = time.monotonic()
         progress.seconds = (clock - timed) / (progress.step - first)
         stop = progress.done or clock > deadline
@@ -315,7 +322,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ldo.sandbox.build.further", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/sandbox-further"), help="the training: three files of 7 MiB and further.json")
     parser.add_argument(
-        "--cache", type=Path, default=Path("runs/sandbox-clips"), help="rendered clips and their latents (55 KB a clip), made on first use"
+        "--cache", type=Path, default=Path("runs/sandbox-clips"), help="rendered clips and their latents (57 KB a clip), made on first use"
     )
     parser.add_argument("--start", type=Path, default=GENERATOR, help="the pipeline to begin with")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of this slice, the making of clips included")
@@ -324,7 +331,9 @@ def main() -> int:
     )
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the average as a pipeline, and train nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graph")
+    parser.add_argument(
+        "--form", choices=FORMS, default=FORMS[0], help="of a step on a GPU: compiled blocks in a CUDA graph, stock kernels in one, neither"
+    )
     parser.add_argument("--precision", choices=PRECISIONS)
     for name, kind in (("clips", int), ("batch", int), ("lr", float), ("muon-lr", float), ("warmup", int)):
         parser.add_argument(f"--{name}", type=kind, help=f"default {getattr(Settings, name.replace('-', '_'))}")
@@ -338,8 +347,8 @@ def main() -> int:
         found = read(args.work)
         given = {f: value for f in asdict(Settings()) if (value := getattr(args, f, None)) is not None}
         settings = replace(found[1] if found else Settings(), **given)
-        progress = train(args.work, args.cache, args.start, args.device, deadline, settings, args.decay, args.eager)
-    except RecipeError as error:
+        progress = train(args.work, args.cache, args.start, args.device, deadline, settings, args.decay, args.form)
+    except (RecipeError, TrainingError) as error:
         print(f"ldo: {error}", file=sys.stderr)
         return 2
     print(f"step {progress.step}: " + ("done" if progress.done else "out of time; run the same command again to go on"))
