@@ -5,6 +5,7 @@ import json
 import sys
 
 import models
+import pretend
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,8 +202,8 @@ def tiny(monkeypatch, tmp_path, wan_folder, vjepa_folder):
         "GENERATOR": wan_folder,
         "WORLD": vjepa_folder,
         "TEXT": 6,
-        "CLIPS": {"cpu": [(5, 16, 16, 2)]},
-        "WINDOWS": {"cpu": [(8, 1)]},
+        "CLIPS": {kind: [(5, 16, 16, 2)] for kind in ("cpu", "cuda")},
+        "WINDOWS": {kind: [(8, 1)] for kind in ("cpu", "cuda")},
     }.items():
         monkeypatch.setattr(bench_attention, name, value)
     out = tmp_path / "attention.json"
@@ -246,6 +247,23 @@ def test_a_backend_that_runs_another_kernel_is_reported(tiny, monkeypatch, capsy
     assert wrong == {(model, kind): f"the {kind} ran written out" for model in ("generator", "world model") for kind in ("fwd", "bwd")}
     printed = capsys.readouterr().out
     assert "NOT AS PROMISED generator 5x16x16 sdpa_flash: the fwd ran written out" in printed and "auto, native, was not timed" in printed
+
+
+def test_the_script_keeps_to_one_device_on_a_pretended_gpu(tiny, monkeypatch):
+    fwd, bwd = (next(name for name, told in NAMES.items() if told == ("PyTorch's FlashAttention-2", kind)) for kind in ("fwd", "bwd"))
+
+    def ran(work, device):  # a profiler sees only real ones
+        work()
+        assert device.type == "cuda"
+        return {fwd: profiled.Ran(4, 1e-3), bwd: profiled.Ran(4, 2e-3)}
+
+    monkeypatch.setattr(profiled, "ran", ran)
+    with pretend.gpu():
+        result, _ = tiny("--device", "cuda", "--variants", "native,sdpa_flash,sdpa_cudnn")
+    assert set(result["left_out"]) == {"sdpa_cudnn"} and "it failed on 16-wide heads" in result["left_out"]["sdpa_cudnn"]
+    assert {(r["variant"], r["dtype"]) for r in result["rows"]} == {("native", "bf16"), ("sdpa_flash", "bf16")} and len(result["rows"]) == 16
+    assert all((r["output_error"] if r["pass"] == "fwd" else r["grad_error"]) < 0.02 for r in result["rows"])
+    assert {v["auto"] for v in result["auto"]} == {"sdpa_flash"} and all(k["wrong"] is None for k in result["kernels"])
 
 
 def test_model_prints_shapes_and_runs_nothing(monkeypatch, capsys):
