@@ -37,7 +37,7 @@ def pair_spec(case: str, arch: int) -> aot.Spec:
         **{f"{v}_rows": block(c.rows, c.depth) for v in "xt"},
         **{f"{v}_cols": block(c.cols, c.depth) for v in "xt"},
         **dict.fromkeys(("inverse", "ratio", "factor", "partial"), "*fp32"),
-        **dict.fromkeys(("N", "out_rows", "out_cols", "clip0", "origin", "end"), "i32"),
+        **dict.fromkeys(("N", "padded", "out_rows", "out_cols", "clip0", "origin", "end"), "i32"),
         "tiles": "*i32",
         "margin": "fp32",
     }
@@ -51,7 +51,7 @@ def pair_spec(case: str, arch: int) -> aot.Spec:
         ("out_mirror", block(width, c.rows), write),
     ):
         (signature if there else constants)[name] = kind_of if there else None
-    divisible = ("out_cols", *(name for name, kind_of in signature.items() if kind_of.startswith("*")))
+    divisible = ("padded", "out_cols", *(name for name, kind_of in signature.items() if kind_of.startswith("*")))
     return aot.Spec(f"{case} sm_{arch}", PAIRS, signature, constants, divisible, warps=c.warps, stages=c.stages, archs=(arch,))
 
 
@@ -59,7 +59,7 @@ def row_specs() -> list[aot.Spec]:
     """The kernels around the pairs, at the launches' own constants."""
     code, rows = "ldo.kernels.relation_pairs:", {"TOKENS": 4, "BLOCK": 512, "EPS": relation.EPS}
     x, fp32 = "*bf16", "*fp32"
-    prepare = {"x": x, "t": x, "inverse": fp32, "ratio": fp32, "count": "i32"}
+    prepare = {"x": x, "t": x, "inverse": fp32, "ratio": fp32, "N": "i32", "padded": "i32"}
     half = {**prepare, "x": "*fp16", "t": "*fp16", "unit": "*fp16"}
     sums = {"frame": "*i32", "weight": fp32, "sums": fp32, "N": "i32"}
     factor = {"sums": fp32, "factor": fp32, "top": fp32, "blocks": "i32", "clips": "i32", "spatial": "fp32", "temporal": "fp32"}
