@@ -57,7 +57,7 @@ class Config:
 CONFIGS = {
     (80, True): Config(128, 128, 32, 1, 8, 4, False),
     (80, False): Config(128, 64, 32, 1, 8, 3, False),
-    (90, True): Config(128, 256, 64, 4, 8, 4, True),
+    (90, True): Config(128, 256, 64, 2, 8, 4, True),
     (90, False): Config(128, 128, 32, 2, 8, 3, True),
     (100, True): Config(128, 256, 64, 4, 8, 3, True),
     (100, False): Config(64, 64, 32, 1, 4, 3, True),

@@ -211,7 +211,7 @@ def pair_kernel(
         d = parts[s] * inverse_ij
         a = tl.maximum(tl.abs(d) - margin, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if PENALTY == "hinge":
-            phi = a
+            phi, slope = a, tl.minimum(a * 1e38, 1.0, propagate_nan=tl.PropagateNan.ALL)  # 0, 1 or NaN, without a comparison
         elif PENALTY == "squared":
             phi, slope = a * a, 2 * a
         else:
@@ -219,12 +219,8 @@ def pair_kernel(
             phi, slope = bent * (2 * a - bent) * (0.5 / HUBER), bent * (1 / HUBER)
         sums += tl.sum(pair * phi, 1)
         if WRITE:
-            g = pair if UNIT else pair * inverse_ij
-            if PENALTY != "hinge":
-                g = g * slope
+            g = pair * slope if UNIT else pair * slope * inverse_ij
             g = (g.to(tl.int32, bitcast=True) ^ (d.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)  # the sign of d
-            if PENALTY == "hinge":
-                g = tl.where(a > 0, g, a)  # a is 0 or NaN there
             if BULK:
                 g = g.to(out.dtype)
                 out.store([b, row - origin, col + s * WIDTH - origin], g.reshape(1, ROWS, WIDTH))
