@@ -178,7 +178,8 @@ def pair_kernel(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     acc = _gram(acc, t_rows, t_cols, clip, row, col, N, E, ROWS, COLS, DEPTH, BULK, PRECISION, INTERPRET)
     i, j = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-    acc = acc * (-tl.load(ratio + first + i)[:, None] * tl.load(ratio + first + j)[None, :])
+    # Masked though padded: without masks the compiler would load all of the ratios at once, and hold them.
+    acc = acc * -tl.load(ratio + first + i, mask=i < N, other=0.0)[:, None] * tl.load(ratio + first + j, mask=j < N, other=0.0)[None, :]
     acc = _gram(acc, x_rows, x_cols, clip, row, col, N, D, ROWS, COLS, DEPTH, BULK, PRECISION, INTERPRET)
 
     off_diagonal = row // SUPER != col // SUPER
@@ -197,7 +198,7 @@ def pair_kernel(
         frame_i, cross = tl.load(frame + i), tl.load(factor + 2 * clip + 1)
     if WEIGHTED:
         w_i = tl.load(weight + first + i)
-    sums = tl.zeros((ROWS,), tl.float32)
+    total = 0.0
     for s in tl.static_range(SLICES):
         if not WRITE:
             tl.debug_barrier()  # without stores between them the compiler would hold all slices at once, and spill
@@ -217,7 +218,7 @@ def pair_kernel(
         else:
             bent = tl.minimum(a, HUBER, propagate_nan=tl.PropagateNan.ALL)
             phi, slope = bent * (2 * a - bent) * (0.5 / HUBER), bent * (1 / HUBER)
-        sums += tl.sum(pair * phi, 1)
+        total += tl.sum(pair * phi)
         if WRITE:
             g = pair * slope if UNIT else pair * slope * inverse_ij
             g = (g.to(tl.int32, bitcast=True) ^ (d.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)  # the sign of d
@@ -234,7 +235,6 @@ def pair_kernel(
                 tl.store(base + r[:, None] * out_cols + c[None, :], g, mask=inside)
                 if mirrored:
                     tl.store(base + c[:, None] * out_cols + r[None, :], g.T, mask=inside.T)
-    total = tl.sum(sums)
     tl.store(partial + b * tl.num_programs(0) + tile, tl.where(off_diagonal, 2 * total, total))
 
 
