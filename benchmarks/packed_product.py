@@ -116,7 +116,7 @@ def product_kernel(
     bytes_at = packed + tl.minimum(i, M - 1).to(tl.int64)[:, None] * stride + tl.arange(0, DEPTH)[None, :]
     acc = tl.zeros((ROWS, COLS), tl.float32)
     PLANES: tl.constexpr = 8 // BITS
-    for step in range(0, stride // DEPTH * PLANES):
+    for step in range(stride // DEPTH * PLANES):
         code = tl.load(bytes_at + step // PLANES * DEPTH).to(tl.uint16)  # from the L1 in three of four steps where PLANES is 4
         if BITS == 2:
             left = (code << tl.full((1, 1), 14 - step % PLANES * 2, tl.uint16)) & 0xC000

@@ -35,21 +35,19 @@ KEPT = 4
 GROUPS = (4, 16)  # beside the usual
 LIMIT = 2e-3  # of the gradient's difference from the usual cut's, relative: order of sums and rounding leave less, a tile gone wrong more
 
-# rows, cols, depth, slices, warps, stages; docs/kernels.md says what the compiler makes of those for sm_90.
+# rows, cols, depth, slices, warps, stages, and most registers; docs/kernels.md says what the compiler makes of those for sm_90.
 PROMISING = {
     (90, True): [
-        (128, 256, 64, 2, 8, 4),
-        (128, 256, 64, 2, 8, 3),
-        (128, 128, 64, 2, 8, 3),
-        (128, 128, 64, 1, 8, 3),
-        (128, 256, 64, 4, 8, 4),
-        (128, 256, 64, 4, 8, 3),
-        (256, 128, 64, 2, 8, 4),
-        (256, 128, 64, 2, 8, 3),
-        (128, 128, 64, 4, 4, 3),
-        (128, 128, 64, 2, 8, 4),
-        (64, 256, 64, 4, 4, 2),
-        (128, 128, 128, 2, 8, 3),
+        (128, 256, 64, 2, 8, 4, None),
+        (128, 256, 64, 2, 8, 3, None),
+        (128, 128, 64, 2, 8, 3, 128),  # two blocks a multiprocessor: one multiplies while the other writes
+        (128, 256, 64, 4, 8, 4, None),
+        (128, 256, 64, 4, 8, 3, None),
+        (128, 128, 64, 4, 8, 3, 128),
+        (128, 256, 128, 2, 8, 2, None),
+        (64, 256, 64, 4, 4, 2, None),  # two blocks
+        (128, 128, 64, 2, 8, 4, None),
+        (128, 128, 128, 2, 8, 3, None),
     ],
     (90, False): [(128, 128, 32, 2, 8, 3), (128, 128, 32, 2, 8, 4), (128, 64, 32, 1, 4, 4), (128, 64, 32, 1, 8, 4), (64, 64, 32, 1, 4, 4)],
     (100, True): [(128, 256, 64, 4, 8, 3), (128, 256, 64, 2, 8, 3), (128, 256, 64, 4, 8, 4), (128, 128, 64, 2, 8, 4), (128, 128, 64, 2, 8, 3)],
@@ -63,11 +61,13 @@ TINY = [(32, 64, 32, 4, 4, 1), (32, 32, 16, 2, 4, 1), (64, 32, 16, 1, 4, 1)]
 def candidates(usual: relation.Config, arch: int | None, half: bool) -> list[relation.Config]:
     """The usual cut, then the others in order of promise, each once. ``arch`` None: small ones for the interpreter."""
     cuts = TINY if arch is None else PROMISING[arch, half]
-    return list(dict.fromkeys([usual, *(relation.Config(*cut, usual.bulk) for cut in cuts)]))
+    return list(dict.fromkeys([usual, *(relation.Config(*cut[:6], usual.bulk, *cut[6:]) for cut in cuts)]))
 
 
 def label(c: relation.Config) -> str:
-    return f"{c.rows}x{c.cols}x{c.depth}, {c.slices} slices, {c.warps} warps, {c.stages} stages"
+    return f"{c.rows}x{c.cols}x{c.depth}, {c.slices} slices, {c.warps} warps, {c.stages} stages" + (
+        f", {c.registers} registers" if c.registers else ""
+    )
 
 
 class Tuner:
@@ -114,7 +114,7 @@ class Tuner:
 
 
 def tell(row: dict[str, Any], config: relation.Config, note: str) -> None:
-    start = f"{row['N']:6} {label(config):50} group {row['group']:2}"
+    start = f"{row['N']:6} {label(config):58} group {row['group']:2}"
     if "fwd_bwd_ms" not in row:
         print(f"{start} REFUSED: differs by {row['difference']:.1e}", flush=True)
         return
@@ -152,7 +152,7 @@ def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, unt
             row = tuner.row(config, group)
         except Exception as problem:
             words = str(problem).strip().splitlines() or [type(problem).__name__]
-            print(f"{tuner.n:6} {label(config):50} {words[0][:100]}", flush=True)
+            print(f"{tuner.n:6} {label(config):58} {words[0][:100]}", flush=True)
             return
         tell(row, config, "   <- in use" if (config, group) == (usual, kept[0][1]) else "")
         rows.append(row)
@@ -181,7 +181,8 @@ def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, unt
         if best(n):
             winner = best(n)[0]
             c = relation.Config(**winner["config"])
-            cut = f"({arch}, {half}): Config({c.rows}, {c.cols}, {c.depth}, {c.slices}, {c.warps}, {c.stages}, {c.bulk}),"
+            limit = f", {c.registers}" if c.registers else ""
+            cut = f"({arch}, {half}): Config({c.rows}, {c.cols}, {c.depth}, {c.slices}, {c.warps}, {c.stages}, {c.bulk}{limit}),"
             print(f"best at {n}: {winner['fwd_bwd_ms']:.3f} ms; for kernels/relation.py: {cut}  GROUP = {winner['group']}")
     return int(not rows or any("fwd_bwd_ms" not in r for r in rows))
 

@@ -46,6 +46,7 @@ class Config:
     warps: int
     stages: int
     bulk: bool
+    registers: int | None = None  # most a thread may have, so that more blocks fit a multiprocessor; None: what the compiler likes
 
     @property
     def super(self) -> int:
@@ -267,6 +268,7 @@ class _Pairs:
             INTERPRET=INTERPRET,
             num_warps=c.warps,
             num_stages=c.stages,
+            maxnreg=c.registers,
         )
 
 

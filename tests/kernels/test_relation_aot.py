@@ -25,9 +25,9 @@ ELSEWHERE = ("hinge", "huber", "no gradient", "fp16", "fp32")  # on sm_80 and sm
 COMPILED = [(case, arch) for arch in MATRIX for case in (CASES if arch == 90 else ELSEWHERE)]
 
 
-def pair_spec(case: str, arch: int) -> aot.Spec:
+def pair_spec(case: str, arch: int, config: relation.Config | None = None) -> aot.Spec:
     dtype, penalty, framed, weighted, write, d, e = CASES[case]
-    c = relation.CONFIGS[arch, dtype != torch.float32]
+    c = config or relation.CONFIGS[arch, dtype != torch.float32]
     kind, width = TYPES[dtype], c.cols // c.slices
 
     def block(rows, columns):
@@ -52,7 +52,8 @@ def pair_spec(case: str, arch: int) -> aot.Spec:
     ):
         (signature if there else constants)[name] = kind_of if there else None
     divisible = ("padded", "out_cols", *(name for name, kind_of in signature.items() if kind_of.startswith("*")))
-    return aot.Spec(f"{case} sm_{arch}", PAIRS, signature, constants, divisible, warps=c.warps, stages=c.stages, archs=(arch,))
+    options = {"maxnreg": c.registers} if c.registers else {}
+    return aot.Spec(f"{case} sm_{arch}", PAIRS, signature, constants, divisible, c.warps, c.stages, options, (arch,))
 
 
 def row_specs() -> list[aot.Spec]:
