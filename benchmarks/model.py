@@ -27,7 +27,7 @@ TEACHERS = (1024, 1408)
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumed, not measured. ``pair``: the share of the matmul rate that the pair kernel reaches (why, in docs/kernels.md); ``launch``: s per kernel."""
+    """Assumed, not measured. ``pair``: the pair kernel's share of the matmul rate (docs/kernels.md says why); ``launch``: seconds per kernel."""
 
     tflops: float = 790.0
     tbs: float = 4.3
