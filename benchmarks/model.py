@@ -15,7 +15,8 @@ A stage takes the longer of its arithmetic and its bytes; stages add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 TILE = 256
 WORKSPACE = 256 * 2**20
@@ -26,11 +27,11 @@ TEACHERS = (1024, 1408)
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumed, not measured. ``pair``: the share of the matmul rate that the pair kernel reaches; ``launch``: seconds per kernel."""
+    """Assumed, not measured. ``pair``: the pair kernel's share of the matmul rate (docs/kernels.md says why); ``launch``: seconds per kernel."""
 
     tflops: float = 790.0
     tbs: float = 4.3
-    pair: float = 0.85
+    pair: float = 0.75
     launch: float = 5e-6
 
     def stage(self, flops: float, moved: float, share: float = 1.0, launches: int = 1) -> float:
@@ -45,6 +46,7 @@ class Cost:
     moved: float  # bytes through device memory
     seconds: float
     extra: float  # bytes live at the worst moment beyond the inputs, gradient included
+    stages: dict[str, float] = field(default_factory=dict)  # seconds of ours: before, pairs, product, after
 
 
 def floor_flops(n: int, ds: int, dt: int, kind: str = "fwd+bwd", b: int = 1) -> float:
@@ -71,7 +73,7 @@ def ours(n: int, ds: int, dt: int, rates: Rates) -> Cost:
             start = panels[-1][1]
     mirrored = len(panels) == 1
     inputs = n * (ds + dt) * 2
-    flops = moved = seconds = 0.0
+    flops = moved = pairs = product = 0.0
     for first, last in panels:
         rows, width = (last - first) * TILE, (tiles - first) * TILE
         count = sum(tiles - r for r in range(first, last))
@@ -86,10 +88,13 @@ def ours(n: int, ds: int, dt: int, rates: Rates) -> Cost:
             product_moved = 2 * g + 2 * width * ds + 2 * rows * ds + 8 * ds * (rows + below)
             launches = 2
         flops, moved = flops + pair_flops + product_flops, moved + pair_moved + product_moved
-        seconds += rates.stage(pair_flops, pair_moved, rates.pair) + rates.stage(product_flops, product_moved, launches=launches)
+        pairs += rates.stage(pair_flops, pair_moved, rates.pair)
+        product += rates.stage(product_flops, product_moved, launches=launches)
     ends = 2 * inputs + n * ds * (4 + 2 + 2)  # norms first; H and x to the gradient last
+    stages = {"before": rates.stage(0, inputs, launches=3), "pairs": pairs, "product": product}
+    stages["after"] = rates.stage(0, ends - inputs, launches=2)
     workspace = 2 * n**2 if mirrored else max(2 * (b - a) * TILE * (tiles - a) * TILE for a, b in panels)
-    return Cost(flops, moved + ends, seconds + rates.stage(0, ends, launches=3), workspace + 6 * n * ds)
+    return Cost(flops, moved + ends, sum(stages.values()), workspace + 6 * n * ds, stages)
 
 
 def _dense(n: int, ds: int, dt: int, rates: Rates, forward: float, backward: float, live: float, launches: int) -> Cost:
@@ -138,4 +143,19 @@ def table(rates: Rates) -> str:
                     cost = design(n, ds, dt, rates)
                     cells.append(f"{1e3 * cost.seconds:13.3f} {1e3 * cost.seconds / floor:8.2f} {cost.moved / 1e9:5.1f} {cost.extra / 2**20:6.0f}")
                 lines.append(f"{n:6} {ds:5} {dt:5} {flops / 1e12:7.2f} {floor:9.3f} | " + " | ".join(cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *split(rates)])
+
+
+def split(rates: Rates, ds: int = 1920, dt: int = 1024, sizes: Sequence[int] = (4096, 8192, 16384, 32768)) -> list[str]:
+    """Ours by stage, ms, and the forward alone, which writes no G and so ends with the pairs."""
+    lines = [
+        f"ours by stage, ms, {ds} x {dt}",
+        f"{'N':>6} {'before':>8} {'pairs':>8} {'product':>8} {'after':>8} {'fwd':>8} x floor {'fwd+bwd':>8} x floor",
+    ]
+    for n in sizes:
+        s = ours(n, ds, dt, rates).stages
+        cells = []
+        for kind, seconds in (("fwd", s["before"] + s["pairs"]), ("fwd+bwd", sum(s.values()))):
+            cells.append(f"{1e3 * seconds:8.3f} {seconds * rates.tflops * 1e12 / floor_flops(n, ds, dt, kind):7.2f}")
+        lines.append(f"{n:6} " + " ".join(f"{1e3 * v:8.3f}" for v in s.values()) + " " + " ".join(cells))
+    return lines

@@ -1,80 +1,190 @@
-"""Which cut of the relation loss's pair kernel is fastest on this GPU: each candidate timed, none chosen for you.
+"""Which cut of the relation loss's pair kernel is fastest on this GPU: each candidate checked and timed, none chosen for you.
 
-    python benchmarks/tune_pairs.py [--sizes 8192,16384] [--dtype bf16] [--out FILE.json]
+    python benchmarks/tune_pairs.py [--minutes 7] [--sizes 8192,16384] [--dtype bf16] [--out FILE.json]
 
 The kernel's configurations are fixed per kind of GPU (``kernels/relation.py``), so that all ranks of a run take the same.
-This is how one finds better ones. A candidate that does not compile or does not fit says so and is passed over.
+This is how one finds better ones. All candidates are tried at the first size, the most promising first, the best ``KEPT`` at
+the others, and the winner with other groups of tiles; what no time is left for is named. A candidate that does not compile
+or fit says so and is passed over, and one whose loss or gradient is not the usual cut's is refused. The file is written after
+every row. Without a GPU, TRITON_INTERPRET=1 tries the script itself.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import dataclasses
 import json
 import statistics
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
-from benchmarks import common
-from ldo.kernels import relation
+from benchmarks import bench_align, common, stages
+from ldo.kernels import relation, support
 from ldo.ops import relation_loss
 
 WIDTHS = (1920, 1024)
+KEPT = 4
+GROUPS = (4, 16)  # beside the usual
+LIMIT = 2e-3  # of the gradient's difference from the usual cut's, relative: order of sums and rounding leave less, a tile gone wrong more
+
+# rows, cols, depth, slices, warps, stages, and most registers; docs/kernels.md says what the compiler makes of those for sm_90.
+PROMISING = {
+    (90, True): [
+        (128, 256, 64, 2, 8, 4, None),
+        (128, 256, 64, 2, 8, 3, None),
+        (128, 128, 64, 2, 8, 3, 128),  # two blocks a multiprocessor: one multiplies while the other writes
+        (128, 256, 64, 4, 8, 4, None),
+        (128, 256, 64, 4, 8, 3, None),
+        (128, 128, 64, 4, 8, 3, 128),
+        (128, 256, 128, 2, 8, 2, None),
+        (64, 256, 64, 4, 4, 2, None),  # two blocks
+        (128, 128, 64, 2, 8, 4, None),
+        (128, 128, 128, 2, 8, 3, None),
+    ],
+    (90, False): [(128, 128, 32, 2, 8, 3), (128, 128, 32, 2, 8, 4), (128, 64, 32, 1, 4, 4), (128, 64, 32, 1, 8, 4), (64, 64, 32, 1, 4, 4)],
+    (100, True): [(128, 256, 64, 4, 8, 3), (128, 256, 64, 2, 8, 3), (128, 256, 64, 4, 8, 4), (128, 128, 64, 2, 8, 4), (128, 128, 64, 2, 8, 3)],
+    (100, False): [(64, 64, 32, 1, 4, 3), (128, 64, 32, 1, 8, 3), (64, 64, 32, 1, 4, 4), (128, 128, 32, 2, 8, 3)],
+    (80, True): [(128, 128, 32, 1, 8, 4), (128, 128, 32, 1, 8, 3), (128, 128, 64, 1, 8, 3), (128, 64, 32, 1, 4, 4), (64, 128, 64, 1, 8, 3)],
+    (80, False): [(128, 64, 32, 1, 8, 3), (128, 64, 32, 1, 4, 3), (64, 64, 32, 1, 4, 4), (128, 128, 32, 1, 8, 3)],
+}
+TINY = [(32, 64, 32, 4, 4, 1), (32, 32, 16, 2, 4, 1), (64, 32, 16, 1, 4, 1)]
 
 
-def candidates(half: bool, bulk: bool) -> list[relation.Config]:
-    """Tiles, epilogues, warps and pipeline depths that the compiler was seen to take without spilling, and their neighbours."""
-    if not half:
-        tiles = [(128, 128, 32), (128, 64, 32), (64, 64, 32)]
-    elif bulk:
-        tiles = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64)]
-    else:
-        tiles = [(128, 128, 32), (128, 128, 64), (128, 64, 32), (64, 128, 64)]
-    return [
-        relation.Config(*tile, slices, warps, stages, bulk) for tile, slices, warps, stages in itertools.product(tiles, (1, 2, 4), (4, 8), (3, 4))
-    ]
+def candidates(usual: relation.Config, arch: int | None, half: bool) -> list[relation.Config]:
+    """The usual cut, then the others in order of promise, each once. ``arch`` None: small ones for the interpreter."""
+    cuts = TINY if arch is None else PROMISING[arch, half]
+    return list(dict.fromkeys([usual, *(relation.Config(*cut[:6], usual.bulk, *cut[6:]) for cut in cuts)]))
 
 
-def milliseconds(config: relation.Config, sets: list, gradient: bool, device: torch.device) -> float:
-    """Median of the whole operation with this configuration."""
-    relation.choose_config = lambda *_: config
-    work = common.passes(lambda x, y: relation_loss(x, y, impl="triton"), "fwd+bwd" if gradient else "fwd")
-    turn = itertools.cycle(sets)
-    return 1e3 * statistics.median(common.seconds(lambda: work(*next(turn)), device, 20))
+def label(c: relation.Config) -> str:
+    return f"{c.rows}x{c.cols}x{c.depth}, {c.slices} slices, {c.warps} warps, {c.stages} stages" + (
+        f", {c.registers} registers" if c.registers else ""
+    )
+
+
+class Tuner:
+    """Sets of inputs of one size, what the usual cut makes of them, and a clock that all share."""
+
+    def __init__(self, n: int, widths: Sequence[int], device: torch.device, dtype: torch.dtype, repeat: int):
+        generator = torch.Generator(device).manual_seed(n)
+        self.n, self.widths, self.device, self.repeat = n, widths, device, repeat
+        self.matmul = common.matmul_tflops(device, dtype)
+        frame = torch.arange(n, device=device) * bench_align.FRAMES // n
+        self.sets = []
+        for _ in range(2):
+            x, y = (bench_align.features("few", 1, n, width, generator, device, dtype) for width in widths)
+            self.sets.append((x, y, frame, torch.rand(1, n, generator=generator, device=device) * 0.9 + 0.1))
+        self.margin = bench_align.options("framed", *widths)["margin"]
+        self.truth: tuple[Tensor, Tensor] | None = None
+
+    def loss(self, x: Tensor, y: Tensor, frame: Tensor, weight: Tensor) -> Tensor:
+        return relation_loss(x, y, frame_N=frame, weight_BN=weight, margin=self.margin, impl="triton")
+
+    def difference(self) -> float:
+        """Of loss and gradient from the first cut's, relative, the larger of the two; 0 for the first."""
+        x = self.sets[0][0].detach().requires_grad_()
+        loss = self.loss(x, *self.sets[0][1:])
+        found = loss.detach().double(), torch.autograd.grad(loss, x)[0].double()
+        self.truth = self.truth or found
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(found, self.truth, strict=True))
+
+    def row(self, config: relation.Config, group: int) -> dict[str, Any]:
+        """Times of one cut, ms; ``difference`` alone if it is not to be trusted (a NaN is not either)."""
+        relation.choose_config, relation.GROUP = (lambda *_: config), group
+        relation.tile_table.cache_clear()
+        row = {"N": self.n, "config": dataclasses.asdict(config), "group": group, "difference": self.difference()}
+        if not row["difference"] <= LIMIT:
+            return row
+        both, forward = common.passes(self.loss, "fwd+bwd"), common.passes(self.loss, "fwd")
+        found = stages.split(both, self.sets, self.device, self.repeat)
+        rate = stages.pair_flops(self.n, *self.widths, config) / found.ms["pairs"] / 1e9
+        turn = iter(range(10**9))
+        for name, work in (("fwd_ms", forward), ("fwd_bwd_ms", both)):
+            took = common.seconds(lambda work=work: work(*self.sets[next(turn) % 2]), self.device, self.repeat)
+            row[name] = 1e3 * statistics.median(took)
+        return row | {"pair_ms": found.ms["pairs"], "pair_tflops": rate, "pair_share": rate / self.matmul, **found.usage}
+
+
+def tell(row: dict[str, Any], config: relation.Config, note: str) -> None:
+    start = f"{row['N']:6} {label(config):58} group {row['group']:2}"
+    if "fwd_bwd_ms" not in row:
+        print(f"{start} REFUSED: differs by {row['difference']:.1e}", flush=True)
+        return
+    usage = ", ".join(f"{row[k]} {k}" for k in ("registers", "spills", "shared") if k in row)
+    times = f"fwd {row['fwd_ms']:8.3f}  fwd+bwd {row['fwd_bwd_ms']:8.3f}  pairs {row['pair_ms']:8.3f} ms, {row['pair_tflops']:6.4g} TFLOP/s"
+    print(f"{start} {times} ({row['pair_share']:.0%} of matmul); differs by {row['difference']:.0e}; {usage}{note}", flush=True)
 
 
 def main() -> int:
     parser = common.arguments(__doc__)
+    parser.add_argument("--minutes", type=float, default=7, help="start no candidate later than this")
+    parser.add_argument("--widths", type=bench_align.pairs, default=[WIDTHS], metavar="DSxDT", help="student x teacher")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type != "cuda":
-        parser.error("there is nothing to tune without a GPU")
-    args.dtype = args.dtype or "bf16"
-    dtype = common.DTYPES[args.dtype]
+    gpu = device.type == "cuda"
+    if support.unavailable(device):
+        parser.error("there is nothing to tune without a GPU (TRITON_INTERPRET=1 tries the script itself)")
+    args.dtype = args.dtype or ("bf16" if gpu else "fp32")
+    return tune(args, device, common.DTYPES[args.dtype], time.monotonic() + 60 * args.minutes)
+
+
+def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, until: float) -> int:
+    """All rows, in order; exit code 1 if none was measured or a cut was refused."""
+    half = dtype != torch.float32
     usual = relation.choose_config(device, dtype)
-    tried = [usual, *(c for c in candidates(dtype != torch.float32, usual.bulk) if c != usual)]
-    rows = []
-    for n in args.sizes or [8192]:
-        sets = [tuple(torch.randn(1, n, width, device=device).to(dtype) for width in WIDTHS) for _ in range(2)]
-        for config in tried:
-            label = f"{config.rows}x{config.cols}x{config.depth}, {config.slices} slices, {config.warps} warps, {config.stages} stages"
-            try:
-                both, forward = (milliseconds(config, sets, gradient, device) for gradient in (True, False))
-            except Exception as problem:
-                print(f"{n:6} {label:55} {str(problem).strip().splitlines()[0][:80] or type(problem).__name__}", flush=True)
-                continue
-            rows.append({"N": n, "config": vars(config), "fwd_ms": forward, "fwd_bwd_ms": both})
-            print(f"{n:6} {label:55} {forward:8.3f} {both:8.3f} ms{'   <- in use' if config is usual else ''}", flush=True)
-    for n in args.sizes or [8192]:
-        best = min((r for r in rows if r["N"] == n), key=lambda r: r["fwd_bwd_ms"])
-        print(f"best at {n}: {best}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(common.record(device) | {"dtype": args.dtype, "widths": WIDTHS, "rows": rows}, indent=1) + "\n")
-    return 0
+    arch = {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80) if device.type == "cuda" else None
+    result = common.record(device) | {"dtype": args.dtype, "widths": args.widths[0], "matmul_tflops": common.matmul_tflops(device, dtype), "rows": []}
+    rows, kept, left = result["rows"], [(c, relation.GROUP) for c in candidates(usual, arch, half)], []
+
+    def attempt(tuner: Tuner, config: relation.Config, group: int) -> None:
+        if time.monotonic() > until:
+            left.append(f"{tuner.n}: {label(config)}, group {group}")
+            return
+        try:
+            row = tuner.row(config, group)
+        except Exception as problem:
+            words = str(problem).strip().splitlines() or [type(problem).__name__]
+            print(f"{tuner.n:6} {label(config):58} {words[0][:100]}", flush=True)
+            return
+        tell(row, config, "   <- in use" if (config, group) == (usual, kept[0][1]) else "")
+        rows.append(row)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def best(n: int) -> list[dict[str, Any]]:
+        return sorted((r for r in rows if r["N"] == n and "fwd_bwd_ms" in r), key=lambda r: r["fwd_bwd_ms"])
+
+    sizes = args.sizes or ([8192, 16384] if device.type == "cuda" else [96])
+    tried, groups = kept, GROUPS
+    for n in sizes:
+        tuner = Tuner(n, args.widths[0], device, dtype, 20 if device.type == "cuda" else 1)
+        for config, group in tried:
+            attempt(tuner, config, group)
+        if groups and best(n):
+            for group in groups:
+                attempt(tuner, relation.Config(**best(n)[0]["config"]), group)
+            groups = ()
+        at_first = [(relation.Config(**r["config"]), r["group"]) for r in best(sizes[0])[:KEPT]]
+        tried = list(dict.fromkeys([kept[0], *at_first]))  # the usual one first: the others are held to it
+    for line in left:
+        print(f"no time left for {line}")
+    for n in sizes:
+        if best(n):
+            winner = best(n)[0]
+            c = relation.Config(**winner["config"])
+            limit = f", {c.registers}" if c.registers else ""
+            cut = f"({arch}, {half}): Config({c.rows}, {c.cols}, {c.depth}, {c.slices}, {c.warps}, {c.stages}, {c.bulk}{limit}),"
+            print(f"best at {n}: {winner['fwd_bwd_ms']:.3f} ms; for kernels/relation.py: {cut}  GROUP = {winner['group']}")
+    return int(not rows or any("fwd_bwd_ms" not in r for r in rows))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Config:
     warps: int
     stages: int
     bulk: bool
+    registers: int | None = None  # most a thread may have, so that more blocks fit a multiprocessor; None: what the compiler likes
 
     @property
     def super(self) -> int:
@@ -57,7 +58,7 @@ class Config:
 CONFIGS = {
     (80, True): Config(128, 128, 32, 1, 8, 4, False),
     (80, False): Config(128, 64, 32, 1, 8, 3, False),
-    (90, True): Config(128, 256, 64, 4, 8, 4, True),
+    (90, True): Config(128, 256, 64, 2, 8, 4, True),
     (90, False): Config(128, 128, 32, 2, 8, 3, True),
     (100, True): Config(128, 256, 64, 4, 8, 3, True),
     (100, False): Config(64, 64, 32, 1, 4, 3, True),
@@ -113,19 +114,21 @@ def _forward(
     x, t = student.contiguous(), teacher.contiguous()
     frame, weight = (None if v is None else v.contiguous() for v in (frame, weight))
     b, n, d = x.shape
+    padded = -(-n // config.super) * config.super
     unit = torch.empty_like(x) if gradient and x.dtype == torch.float16 else None
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    inverse, ratio, factor, top, loss = new(b, n), new(b, n), new(b, 2), new(b), new()
+    inverse, ratio, factor, top, loss = new(b, padded), new(b, padded), new(b, 2), new(b), new()
     pull = new(b, n, d) if gradient else new(0)
     with torch.cuda.device_of(x):
-        device_code.prepare_kernel[(-(-b * n // TOKENS),)](x, t, inverse, ratio, unit, b * n, d, t.shape[2], TOKENS, 512, unit is not None, EPS)
+        device_code.prepare_kernel[(b * padded // TOKENS,)](x, t, inverse, ratio, unit, n, padded, d, t.shape[2], TOKENS, 512, unit is not None, EPS)
         blocks = -(-n // 16)
         sums = new(b, blocks, 2)
         device_code.class_sums_kernel[(blocks, b)](frame, weight, sums, n, frame is not None, weight is not None, 16, 128)
         device_code.factor_kernel[(b,)](sums, factor, top, blocks, b, spatial, temporal, 256)
+        frame, weight = (v if v is None or n == padded else F.pad(v, (0, padded - n)) for v in (frame, weight))
         pairs = _Pairs(config, x, t, unit, inverse, ratio, weight, frame, factor, margin, penalty)
         partial = pairs.run(pull if gradient else None)
         device_code.loss_kernel[(1,)](partial, top, loss, partial.shape[1], b, 1024)
@@ -240,6 +243,7 @@ class _Pairs:
             table,
             partial,
             n,
+            self.inverse.shape[1],
             0 if a is None else a.shape[1],
             0 if a is None else a.stride(1),
             clip,
@@ -264,6 +268,7 @@ class _Pairs:
             INTERPRET=INTERPRET,
             num_warps=c.warps,
             num_stages=c.stages,
+            maxnreg=c.registers,
         )
 
 

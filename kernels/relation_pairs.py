@@ -19,7 +19,8 @@ def prepare_kernel(
     inverse,
     ratio,
     unit,
-    count,
+    N,
+    padded,
     D: tl.constexpr,
     E: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -27,26 +28,30 @@ def prepare_kernel(
     UNIT: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """Per token: n = |x| (1 for a zero vector), inverse = 1 / n, ratio = n / |t| (0 for t = 0), and x / n where UNIT."""
+    """Per token: n = |x| (1 for a zero vector), inverse = 1 / n, ratio = n / |t| (0 for t = 0), and x / n where UNIT.
+
+    ``inverse`` and ``ratio`` have ``padded`` places a clip, 0 past its N tokens: the pair kernel then reads them without masks.
+    """
     m = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    x_norm, t_norm = _norms(x, m, count, D, TOKENS, BLOCK), _norms(t, m, count, E, TOKENS, BLOCK)
+    inside, at = m % padded < N, m // padded * N + m % padded
+    x_norm, t_norm = _norms(x, at, inside, D, TOKENS, BLOCK), _norms(t, at, inside, E, TOKENS, BLOCK)
     n = tl.where(x_norm <= EPS, 1.0, x_norm)  # a NaN fails the comparison and stays
-    tl.store(inverse + m, 1 / n, mask=m < count)
-    tl.store(ratio + m, tl.where(t_norm <= EPS, 0.0, n / tl.where(t_norm <= EPS, 1.0, t_norm)), mask=m < count)
+    tl.store(inverse + m, tl.where(inside, 1 / n, 0.0))
+    tl.store(ratio + m, tl.where(t_norm <= EPS, 0.0, n / tl.where(t_norm <= EPS, 1.0, t_norm)))
     if UNIT:
         for start in range(0, D, BLOCK):
             c = start + tl.arange(0, BLOCK)
-            inside = (m < count)[:, None] & (c < D)[None, :]
-            value = tl.load(x + m[:, None] * D + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(unit + m[:, None] * D + c[None, :], (value / n[:, None]).to(unit.dtype.element_ty), mask=inside)
+            there = inside[:, None] & (c < D)[None, :]
+            value = tl.load(x + at[:, None] * D + c[None, :], mask=there, other=0.0).to(tl.float32)
+            tl.store(unit + at[:, None] * D + c[None, :], (value / n[:, None]).to(unit.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _norms(x, m, count, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def _norms(x, at, inside, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     squares = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(0, WIDTH, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        value = tl.load(x + m[:, None] * WIDTH + c[None, :], mask=(m < count)[:, None] & (c < WIDTH)[None, :], other=0.0).to(tl.float32)
+        value = tl.load(x + at[:, None] * WIDTH + c[None, :], mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0).to(tl.float32)
         squares += value * value
     return tl.sqrt(tl.sum(squares, 1))
 
@@ -136,6 +141,7 @@ def pair_kernel(
     tiles,
     partial,
     N,
+    padded,  # places a clip of inverse, ratio, weight and frame, 0 past its N tokens
     out_rows,  # rows and columns of the workspace of one clip
     out_cols,
     clip0,  # first clip of this launch
@@ -165,13 +171,14 @@ def pair_kernel(
     times 1 / (n_i n_j) that is d. The operands stay as they came, so norms are exact to fp32. Rows past N are 0.
     """
     tile, b = tl.program_id(0), tl.program_id(1)
-    row, col = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    row, col = tl.multiple_of(tl.load(tiles + 2 * tile), ROWS), tl.multiple_of(tl.load(tiles + 2 * tile + 1), COLS)
     clip = clip0 + b
-    first = clip.to(tl.int64) * N
+    first = clip.to(tl.int64) * padded
 
     acc = tl.zeros((ROWS, COLS), tl.float32)
     acc = _gram(acc, t_rows, t_cols, clip, row, col, N, E, ROWS, COLS, DEPTH, BULK, PRECISION, INTERPRET)
     i, j = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+    # Masked though padded: without masks the compiler would load all of the ratios at once, and hold them.
     acc = acc * -tl.load(ratio + first + i, mask=i < N, other=0.0)[:, None] * tl.load(ratio + first + j, mask=j < N, other=0.0)[None, :]
     acc = _gram(acc, x_rows, x_cols, clip, row, col, N, D, ROWS, COLS, DEPTH, BULK, PRECISION, INTERPRET)
 
@@ -185,33 +192,36 @@ def pair_kernel(
         left, right = _halves(acc, ROWS, COLS)
         parts = _halves(left, ROWS, COLS // 2) + _halves(right, ROWS, COLS // 2)
     WIDTH: tl.constexpr = COLS // SLICES
+    inverse_i = tl.load(inverse + first + i)
+    same = tl.load(factor + 2 * clip)
+    if FRAMED:
+        frame_i, cross = tl.load(frame + i), tl.load(factor + 2 * clip + 1)
+    if WEIGHTED:
+        w_i = tl.load(weight + first + i)
     total = 0.0
     for s in tl.static_range(SLICES):
         if not WRITE:
             tl.debug_barrier()  # without stores between them the compiler would hold all slices at once, and spill
         j = col + s * WIDTH + tl.arange(0, WIDTH)
-        inverse_i, inverse_j = tl.load(inverse + first + i, mask=i < N, other=0.0), tl.load(inverse + first + j, mask=j < N, other=0.0)
-        pair = tl.load(factor + 2 * clip)
+        pair = same
         if FRAMED:
-            frame_i, frame_j = tl.load(frame + i, mask=i < N, other=0), tl.load(frame + j, mask=j < N, other=0)
-            pair = tl.where(frame_i[:, None] == frame_j[None, :], pair, tl.load(factor + 2 * clip + 1))
+            pair = tl.where(frame_i[:, None] == tl.load(frame + j)[None, :], same, cross)
         if WEIGHTED:
-            w_i, w_j = tl.load(weight + first + i, mask=i < N, other=0.0), tl.load(weight + first + j, mask=j < N, other=0.0)
-            pair = pair * (w_i[:, None] + (1 - w_i)[:, None] * w_j[None, :])
-        d = parts[s] * inverse_i[:, None] * inverse_j[None, :]
+            pair = pair * (w_i[:, None] + (1 - w_i)[:, None] * tl.load(weight + first + j)[None, :])
+        inverse_ij = inverse_i[:, None] * tl.load(inverse + first + j)[None, :]
+        d = parts[s] * inverse_ij
         a = tl.maximum(tl.abs(d) - margin, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if PENALTY == "hinge":
-            phi, slope = a, tl.where(a > 0, 1.0, a)  # a is 0 or NaN there
+            phi, slope = a, tl.minimum(a * 1e38, 1.0, propagate_nan=tl.PropagateNan.ALL)  # 0, 1 or NaN, without a comparison
         elif PENALTY == "squared":
             phi, slope = a * a, 2 * a
         else:
             bent = tl.minimum(a, HUBER, propagate_nan=tl.PropagateNan.ALL)
-            phi, slope = bent * (2 * a - bent) / (2 * HUBER), bent / HUBER
+            phi, slope = bent * (2 * a - bent) * (0.5 / HUBER), bent * (1 / HUBER)
         total += tl.sum(pair * phi)
         if WRITE:
-            g = pair * tl.where(d > 0, slope, -slope)
-            if not UNIT:
-                g = g * inverse_i[:, None] * inverse_j[None, :]
+            g = pair * slope if UNIT else pair * slope * inverse_ij
+            g = (g.to(tl.int32, bitcast=True) ^ (d.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)  # the sign of d
             if BULK:
                 g = g.to(out.dtype)
                 out.store([b, row - origin, col + s * WIDTH - origin], g.reshape(1, ROWS, WIDTH))

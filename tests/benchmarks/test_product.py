@@ -1,0 +1,128 @@
+"""The split of the relation loss, the product's benchmark and the tuner: dry runs on the CPU, and what they must refuse."""
+
+import dataclasses
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import bench_product, common, model, stages, tune_pairs
+from ldo.kernels import relation
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the scripts themselves")
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
+    monkeypatch.setattr(common, "copy_gbps", lambda *_: 10.0)
+    monkeypatch.setattr(common, "seconds", lambda work, *_: [work() is None or 1.0])
+    for name in ("choose_config", "GROUP"):  # the tuner sets them
+        monkeypatch.setattr(relation, name, getattr(relation, name))
+
+
+def run(script, monkeypatch, tmp_path, *flags):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--out", str(out), *flags])
+    return script.main(), json.loads(out.read_text())["rows"]
+
+
+def test_split_covers_the_operation_and_leaves_it_as_it_was():
+    before = {name: getattr(relation.device_code, name) for name in stages.KERNELS}, relation._add_product
+    x, y = torch.randn(1, 40, 16), torch.randn(1, 40, 12)
+    loss = lambda x: relation.relation_loss(x, y, None, None, margin=0.1, penalty="hinge", spatial=1.0, temporal=0.0)  # noqa: E731
+    work = common.passes(loss, "fwd+bwd")
+    expected = work(x)
+    results = []
+    found = stages.split(lambda x: results.append(work(x)), [(x,)], CPU, 2)
+    assert len(results) == 3 and all(torch.equal(r, expected) for r in results)
+    assert set(found.ms) == set(stages.STAGES) and all(ms > 0 for ms in found.ms.values()) and found.usage == {}
+    assert ({name: getattr(relation.device_code, name) for name in stages.KERNELS}, relation._add_product) == before
+    forward = stages.split(common.passes(loss, "fwd"), [(x,)], CPU, 1).ms
+    assert forward["product"] == 0 < forward["pairs"]
+
+
+@pytest.mark.parametrize("n", [64, 97, 700])
+def test_pair_flops_are_those_of_the_tiles(n):
+    c = relation.ON_CPU
+    tiles = relation.tile_table(n, 0, n, c.rows, c.cols, CPU)
+    squares = len({(r // c.super, q // c.super) for r, q in tiles.tolist()})
+    assert stages.pair_flops(n, 40, 24, c) == squares * c.super**2 * 2 * (40 + 24)
+    assert stages.pair_flops(n, 40, 24, c) >= model.floor_flops(n, 40, 24, "fwd")
+
+
+def test_ternary_has_the_share_that_was_asked_for():
+    g = bench_product.ternary(300, 0.1, torch.Generator().manual_seed(0))
+    assert set(g.unique().tolist()) == {-1, 0, 1} and (g != 0).double().mean() == pytest.approx(0.1, abs=0.01)
+    assert g.double().mean().abs() < 0.01
+
+
+def test_product_runs_small(monkeypatch, tmp_path):
+    code, rows = run(bench_product, monkeypatch, tmp_path, "--quick", "--sizes", "33", "--widths", "16x8")
+    assert code == 0
+    products = {r["variant"]: r for r in rows if r["op"] == "product"}
+    assert set(products) == {"fp32 out", "bf16 out", "8 bits", "2 bits"}
+    assert all(products[name]["grad_error"] < 1e-6 for name in ("fp32 out", "8 bits", "2 bits")) and products["bf16 out"]["grad_error"] < 5e-3
+    whole = [r for r in rows if r["op"] == "relation"]
+    assert [r["pass"] for r in whole] == ["fwd", "fwd+bwd"] and all(r["stages_ms"]["pairs"] > 0 and r["pair_tflops"] > 0 for r in whole)
+
+
+@pytest.mark.parametrize(("arch", "half"), tune_pairs.PROMISING)
+def test_candidates_are_distinct_and_the_usual_one_leads(arch, half):
+    usual = relation.CONFIGS[arch, half]
+    found = tune_pairs.candidates(usual, arch, half)
+    assert found[0] == usual and len(set(found)) == len(found) == len({usual, *found}) and len(found) > 3
+    element = 2 if half else 4
+    for c in found:
+        shared = (c.rows + c.cols) * c.depth * element * c.stages
+        assert shared <= 228 * 1024 and c.cols % c.slices == 0 and c.slices in (1, 2, 4)
+    if arch == 90 and half:
+        assert all((c.rows, c.cols, c.depth, c.warps) == (128, 256, 64, 8) for c in found[:2])
+
+
+def test_tuner_runs_small_and_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune_pairs, "TINY", tune_pairs.TINY[:2])
+    code, rows = run(tune_pairs, monkeypatch, tmp_path, "--sizes", "65,40", "--widths", "16x12")
+    printed = capsys.readouterr().out
+    assert code == 0 and "<- in use" in printed and printed.count("best at ") == 2 and ": Config(" in printed
+    first = [r for r in rows if r["N"] == 65]
+    assert [tuple(r["config"].values())[:6] for r in first[:2]] == tune_pairs.TINY and [r["group"] for r in first] == [8, 8, 4, 16]
+    assert all(r["fwd_ms"] and r["fwd_bwd_ms"] and r["pair_ms"] and r["pair_tflops"] and r["difference"] < 1e-5 for r in rows)
+    assert rows[0]["difference"] == 0 and 1 <= len(rows) - len(first) <= tune_pairs.KEPT + 1
+
+
+def test_tuner_refuses_a_cut_that_is_wrong(monkeypatch, tmp_path, capsys):
+    """One that leaves out a tile, however fast."""
+    monkeypatch.setattr(tune_pairs, "TINY", tune_pairs.TINY[:2])
+    monkeypatch.setattr(tune_pairs, "GROUPS", ())
+    launch, wrong = relation._Pairs._launch, tune_pairs.TINY[1]
+
+    def careless(self, table, partial, *rest):
+        short = dataclasses.astuple(self.config)[:6] == wrong
+        if short:
+            partial.zero_()
+        launch(self, table[1:] if short else table, partial, *rest)
+
+    monkeypatch.setattr(relation._Pairs, "_launch", careless)
+    code, rows = run(tune_pairs, monkeypatch, tmp_path, "--sizes", "65", "--widths", "16x12")
+    printed = capsys.readouterr().out
+    assert code == 1 and "REFUSED" in printed and "fwd_bwd_ms" not in rows[1] and f"Config({', '.join(map(str, tune_pairs.TINY[0]))}" in printed
+
+
+def test_tuner_stops_when_time_is_up(monkeypatch, tmp_path, capsys):
+    clock = iter([0.0] * 2 + [100.0] * 50)
+    monkeypatch.setattr(tune_pairs, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock)), "perf_counter": time.perf_counter}))
+    code, rows = run(tune_pairs, monkeypatch, tmp_path, "--sizes", "40", "--widths", "16x12", "--minutes", "1")
+    assert (
+        code == 0 and len(rows) == 1 and capsys.readouterr().out.count("no time left for 40: ") == len(tune_pairs.TINY) - 1 + len(tune_pairs.GROUPS)
+    )
+
+
+def test_model_stages_add_up():
+    for n in (4096, 8192, 32768):
+        cost = model.ours(n, 1920, 1024, model.Rates())
+        assert sum(cost.stages.values()) == pytest.approx(cost.seconds) and max(cost.stages, key=cost.stages.get) in ("pairs", "product")
+    assert len(model.split(model.Rates())) == 6
