@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import inspect
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
-from benchmarks import common
+from benchmarks import common, profiled
 from ldo import align, generator, lora, memory, meta, reinforce, run
 from ldo.check import Checked, check
 from ldo.config import read
@@ -40,7 +39,6 @@ from ldo.update import apply
 from ldo.world_model import WorldModel
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "wan2.1-1.3b.yaml"
-ATTENTION = re.compile(r"attention|flash|fmha|sdp", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------------- models with random weights
@@ -137,16 +135,7 @@ class Meter:
 
     def kernels(self, work: Callable[[], Any]) -> dict[str, float]:
         """Attention kernels of ``work`` and their seconds (on a CPU: operators)."""
-        gpu = self.device.type == "cuda"
-        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
-        with torch.profiler.profile(activities=kinds) as found:
-            work()
-        rows = {}
-        for event in found.key_averages():
-            spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-            if ATTENTION.search(event.key) and spent:
-                rows[event.key] = spent / 1e6
-        return dict(sorted(rows.items(), key=lambda row: -row[1])[:8])
+        return {name: ran.seconds for name, ran in list(profiled.ran(work, self.device).items())[:8]}
 
 
 def clips_of(here: run.Run, meter: Meter) -> Clips:
@@ -204,12 +193,15 @@ def measure(checked: Checked, quick: bool) -> dict:
     lora.restore(here.parameters, here.fresh)
     videos = rl.prompts * rl.group_size
     rollout, figures = meter.part(f"reinforce: sample and score {videos} videos", lambda: reinforce.collect(here, 1, here.fresh))
+    # a random world model's skill is the same whatever it sees, and an update passes over groups whose videos are all alike
+    rollout = dataclasses.replace(rollout, advantage_N=torch.tensor([1.0, -1.0], device=device).repeat(-(-videos // 2))[:videos])
 
     def update() -> dict[str, float]:
         lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
         return reinforce.learn(here, rollout, 1, optimizer, here.fresh)
 
     learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update)
+    assert learnt.get("grad_norm"), "the update had no gradient: its time is none"
     return {"parts": meter.rows, "kernels": kernels, "figures": figures | learnt, "matmul_tflops": rate / 1e12}
 
 

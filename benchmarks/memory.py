@@ -40,7 +40,7 @@ def peak_extra(work: Callable[[], Any], device: torch.device, before: int) -> fl
 
 
 def _cpu_peak(work: Callable[[], Any]) -> int:
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as found:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as found:
         result = work()
     del result
     changes = sorted((e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == _CPU)
@@ -55,7 +55,7 @@ _CPU = torch.autograd.DeviceType.CPU
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide what the profiler's C++ side writes to standard error at every start and stop; exceptions still come through."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

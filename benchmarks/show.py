@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 HEADER = (
-    f"{'op':9} {'case':14} {'pass':7} {'shape':26} {'dtype':5} {'variant':10} {'ms':>9} {'quartiles':>17} {'x floor':>8} "
+    f"{'op':9} {'case':14} {'pass':7} {'shape':26} {'dtype':5} {'variant':14} {'ms':>9} {'quartiles':>17} {'x floor':>8} "
     f"{'/eager':>7} {'/compile':>8} {'extra MiB':>10} {'grad error':>10} {'noise':>6}"
 )
 
@@ -57,7 +57,7 @@ def print_rows(rows: list[dict[str, Any]], header: bool = True) -> None:
         against = [ms[name] / took if took and name in ms else None for name in ("eager", "compile")]
         print(
             f"{row['op']:9} {row.get('case', ''):14} {row['pass']:7} {_shape(row):26} {row['dtype']:5} "
-            f"{row['variant']:10} {middle:>9} {quartiles:>17} "
+            f"{row['variant']:14} {middle:>9} {quartiles:>17} "
             f"{_number(row.get('ratio_to_floor'), '.2f', 8)} {_number(against[0], '.2f', 7)} {_number(against[1], '.2f', 8)} "
             f"{_number(row['extra_mib'], '.1f', 10)} {_number(row['grad_error'], '.1e', 10)} {_number(row.get('spread'), '.1%', 6)}",
             flush=True,
@@ -115,6 +115,10 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         ratios = [row["predicted"] / row["measured"] for row in result["rows"]]
         print(f"{path.name}: {len(ratios)} passes, predicted / measured {min(ratios):.3f} to {max(ratios):.3f}")
         return
+    if "auto" in result:
+        print(f"{path.name}: {result['device']}, {brief(result['commit'])}, {result['matmul_tflops']:.4g} TFLOP/s")
+        print_auto(result)
+        return
     groups: dict[tuple, list[dict]] = {}
     for row in result["rows"]:
         groups.setdefault(setting(row), []).append(row)
@@ -130,6 +134,18 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
             f"{_number(row.get('ratio_to_floor'), '.2f', 6)} F {_number(row['extra_mib'], '.0f', 6)} MiB err {_number(row['grad_error'], '.1e', 7)} "
             f"| {ratios}{' | OOM ' + ' '.join(oom) if oom else ''}"
         )
+
+
+def print_auto(result: dict[str, Any]) -> None:
+    """Of the attention benchmark, one line a comparison: the fastest backend, and ``auto``'s; then the profiles with other kernels than promised."""
+    for v in result["auto"]:
+        slower = "was not timed" if v["slower"] is None else f"takes {v['slower']:.2f} times as long"
+        best = f"{v['fastest']:14} {v['ms']:9.3f} ms {v['tflops']:7.4g} TFLOP/s {v['share']:6.1%} of matmul"
+        print(f"  {v['case']:9} {v['pass']:7} {_shape(v):26} {best} | auto, {v['auto']}, {'is the fastest' if v['was_fastest'] else slower}")
+    strange = [row for row in result["kernels"] if row["wrong"]]
+    print(f"  {len(result['kernels'])} profiles of kernels, {len(strange)} not as the backend's name promises")
+    for row in strange:
+        print(f"  NOT AS PROMISED {row['model']} {row['size']} {row['backend']}: {row['wrong']}")
 
 
 if __name__ == "__main__":

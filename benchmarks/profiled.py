@@ -1,0 +1,101 @@
+"""Which attention kernels ran, by the profiler, and whether they are those that a backend's name promises.
+
+Names were read from the CUDA library of torch 2.11 (PyTorch's own kernels) and from published traces of the others. A
+kernel that sounds like attention but belongs to no family below is kept too, as "unknown": better a strange line than a
+silent gap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+
+PASSES = ("fwd", "bwd")
+ATTENTION = re.compile(r"attention|flash|fmha|sdpa", re.IGNORECASE)
+UNKNOWN = "unknown"
+
+# Each family's kernels in the forward and in the backward; the last two are operators of a CPU, or partly.
+FAMILIES = {
+    "FlashAttention-3": ("FlashAttnFwd", "FlashAttnBwd"),
+    "FlashAttention-2": ("(?<!pytorch_flash::)flash_fwd", "(?<!pytorch_flash::)flash_bwd"),
+    "PyTorch's FlashAttention-2": ("pytorch_flash::flash_fwd", "pytorch_flash::flash_bwd"),
+    "cuDNN": ("cudnn.*sdpa(?!.*bprop)", "cudnn.*sdpa.*bprop|cudnn::fusion::(compute_dot_do_o|convert_dq)"),
+    "CUTLASS, memory-efficient": ("fmha_cutlassF", "fmha_cutlassB"),
+    "PyTorch's for a CPU": ("flash_attention_for_cpu$", "flash_attention_for_cpu_backward"),
+    "written out": ("(?i:softmax.*forward)|aten::_softmax$", "(?i:softmax.*backward)"),
+}
+_FLASH2 = ("FlashAttention-2",)
+_PYTORCH = ("PyTorch's FlashAttention-2", "cuDNN", "CUTLASS, memory-efficient", "PyTorch's for a CPU", "written out")
+PROMISED = {  # the families that a backend of ldo.attention may run
+    "native": _PYTORCH,
+    "flash3": ("FlashAttention-3",),
+    "flash2": _FLASH2,
+    "hub_flash3": ("FlashAttention-3",),
+    "hub_flash2": _FLASH2,
+    "xformers": ("FlashAttention-3", "FlashAttention-2", "PyTorch's FlashAttention-2", "CUTLASS, memory-efficient"),
+    "sdpa_cudnn": ("cuDNN",),
+    "sdpa_flash": ("PyTorch's FlashAttention-2", "PyTorch's for a CPU"),
+    "sdpa_efficient": ("CUTLASS, memory-efficient",),
+    "sdpa_math": ("written out",),
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Launches of one kernel and their seconds together."""
+
+    count: int
+    seconds: float
+
+
+def family(name: str) -> tuple[str, str] | None:
+    """Family and pass ("fwd", "bwd") of a kernel's name; (UNKNOWN, "") for one that only sounds like attention, None for any other."""
+    for found, patterns in FAMILIES.items():
+        for kind, pattern in zip(PASSES, patterns, strict=True):
+            if re.search(pattern, name):
+                return found, kind
+    return (UNKNOWN, "") if ATTENTION.search(name) else None
+
+
+def ran(work: Callable[[], Any], device: torch.device) -> dict[str, Ran]:
+    """The attention kernels that ``work()`` launches on a GPU, or the operators of known families on a CPU; the costliest first."""
+    gpu = device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
+    with memory.quiet(), torch.profiler.profile(activities=kinds, acc_events=True) as profile:
+        work()
+        if gpu:
+            torch.cuda.synchronize(device)
+    where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    found = {}
+    for event in profile.key_averages():
+        # on a GPU only what it ran itself: an operator's row holds its kernels' time too. On a CPU operators and autograd's nodes nest
+        told = family(event.key) if event.device_type == where else None
+        if told and (gpu or (told[0] != UNKNOWN and event.key.startswith("aten::"))):
+            found[event.key] = Ran(event.count, (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6)
+    return dict(sorted(found.items(), key=lambda row: -row[1].seconds))
+
+
+def families(names: Iterable[str], kind: str = "") -> set[str]:
+    """The families among kernels' names; with ``kind`` those of one pass (an unknown kernel may be of either)."""
+    told = [family(name) for name in names]
+    return {t[0] for t in told if t and (not kind or t[1] in (kind, ""))}
+
+
+def wrong(backend: str, names: Iterable[str], kinds: Iterable[str] = PASSES) -> str | None:
+    """How the kernels that ran differ from what ``backend`` promises in these passes, in one line; None if they do not."""
+    names = list(names)
+    problems = []
+    for kind in kinds:
+        found = families(names, kind)
+        others = sorted(found - set(PROMISED[backend]))
+        if not found:
+            problems.append(f"no attention kernel in the {kind}")
+        elif others:
+            problems.append(f"the {kind} ran {', '.join(others)}")
+    return "; ".join(problems) or None

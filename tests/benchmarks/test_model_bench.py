@@ -1,0 +1,75 @@
+"""The benchmark of a real model's step: it runs for every kind of transformer, and what it times is really done."""
+
+import json
+import sys
+
+import models
+import pretend
+import pytest
+import torch
+
+import recipes
+from benchmarks import bench_model, common, profiled, show
+from ldo import lora, meta
+from ldo.generator import published
+from ldo.generator.folder import read_geometry
+
+
+@pytest.mark.parametrize("kind", ["wan", "ltx", "cogvideox-2b"])
+def test_both_stages_of_a_family(kind, tmp_path, vjepa_folder, monkeypatch, capsys):
+    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
+    folder = models.FAMILIES[kind](tmp_path / "model")
+    family, _ = read_geometry(folder)
+    recipe = recipes.write(tmp_path, folder, vjepa_folder, model__family=family, rl__group_size=2)
+    # as a random world model scores real sizes: all alike, so an update would pass over every group
+    monkeypatch.setattr(bench_model.reinforce, "columns", lambda run, frames: torch.full((len(frames), 3), -2.0))
+    snapshots = []
+    monkeypatch.setattr(bench_model.reinforce, "learn", spy(bench_model.reinforce.learn, snapshots))
+    out = tmp_path / "model.json"
+    monkeypatch.setattr(sys, "argv", ["x", str(recipe), "device=cpu", "align.batch=2", "--quick", "--out", str(out)])
+    assert bench_model.main() == 0
+    result = json.loads(out.read_text())
+    assert len(result["parts"]) == 6 and all(part["seconds"] > 0 for part in result["parts"].values())
+    assert result["figures"]["zero_variance_groups"] == 2 and result["figures"]["grad_norm"] > 0
+    (before, after) = snapshots
+    assert any((before[name] != after[name]).any() for name in before), "the update changed nothing"
+    for kernels in result["kernels"].values():
+        assert all("flash_attention_for_cpu" in name and seconds > 0 for name, seconds in kernels.items()) and kernels
+    assert set(result["predicted_bytes"]) == {"load", "align", "reinforce"}
+    show.summary(out)
+    assert "reinforce: 2 optimizer steps" in capsys.readouterr().out
+
+
+def spy(learn, snapshots):
+    def learnt(here, *rest):
+        snapshots.append(lora.snapshot(here.parameters))
+        figures = learn(here, *rest)
+        snapshots.append(lora.snapshot(here.parameters))
+        return figures
+
+    return learnt
+
+
+@pytest.mark.parametrize("name", ["Lightricks/LTX-Video", "THUDM/CogVideoX-2b"])
+def test_a_random_text_has_the_width_and_length_of_the_published_model(name):
+    config = published.configs(name)["transformer"]
+    text = bench_model.random_text(config, meta.text_length(config, 0), bench_model.torch_rng(0, "text"))
+    assert text.tensors["embeds"].shape == {"Lightricks/LTX-Video": (1, 128, 4096), "THUDM/CogVideoX-2b": (1, 226, 4096)}[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ltx", "cogvideox-2b"])
+def test_a_family_keeps_to_one_device_on_a_pretended_gpu(kind, tmp_path, vjepa_folder, monkeypatch):
+    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
+    monkeypatch.setattr(bench_model.Meter, "operations", lambda *_: None)  # the counter hides operations from the pretence
+    monkeypatch.setattr(profiled, "ran", lambda work, device: (work(), {})[1])  # a profiler sees only real ones
+    folder = models.FAMILIES[kind](tmp_path / "model")
+    family, _ = read_geometry(folder)
+    changes = dict(model__dtype="bfloat16", model__gradient_checkpointing=True, rl__group_size=2, rl__guidance=2.0, rl__steps=3, rl__window_range=1)
+    recipe = recipes.write(tmp_path, folder, vjepa_folder, device="cuda", model__family=family, **changes)
+    out = tmp_path / "model.json"
+    monkeypatch.setattr(sys, "argv", ["x", str(recipe), "align.batch=2", "--quick", "--out", str(out)])
+    with pretend.gpu():
+        assert bench_model.main() == 0
+    result = json.loads(out.read_text())
+    assert result["device"] == "Pretended GPU" and len(result["parts"]) == 6 and result["figures"]["grad_norm"] > 0
