@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ldo.world_model import WorldModel
 log = logging.getLogger(__name__)
 # files of a model folder that decide what a part of it makes
 PARTS = {"vae": ("vae/*",), "text": ("text_encoder*/*", "tokenizer*/*"), "world": ("*.json", "*.safetensors", "*.bin")}
+KEPT = 256  # prompts whose embeddings on disk also stay in memory, of those asked for last
 TEXT = 1  # version of the code that embeds prompts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -101,6 +102,7 @@ class Texts:
 
     def __init__(self, run: Run):
         self._run, self._known = run, {}
+        self._read = lru_cache(KEPT)(self._stored)
 
     def _entry(self, prompt: str) -> Path:
         m = self._run.recipe.model
@@ -124,7 +126,7 @@ class Texts:
     def __call__(self, prompts: list[str]) -> Text:
         """Embeddings on the run's device."""
         if self._run.recipe.on_disk:
-            return Text.cat([self._stored(p) for p in prompts]).to(self._run.world.device)
+            return Text.cat([self._read(p) for p in prompts]).to(self._run.world.device)
         new = sorted(set(prompts) - set(self._known))
         for i in range(0, len(new), 32):
             made = self._run.generator.encode_text(new[i : i + 32]).to("cpu")
