@@ -27,6 +27,7 @@ from ldo.rollout import Plan, Trajectory, decode, kicks, sample, step
 from ldo.run import Run
 from ldo.sandbox.dataset import prompt_of
 from ldo.sandbox.measure import measure
+from ldo.sandbox.observe import Prompt
 from ldo.update import TrainingError, adamw, apply
 
 
@@ -128,22 +129,28 @@ def judge(run: Run, final_N: Tensor, quiet_G: Tensor, few: int, lines: list[data
     R penalties, skill, plain, its motion and its reference's; weights and names of the penalties; and, where ``lines`` are given
     and all are the sandbox's, 1 for each video that breaks physics, which is never trained on.
     """
-    size, micro = run.recipe.rl.group_size, micro_batch(run)
     prompts = [prompt_of(line.text, line.extra) for line in lines]
-    rows, broken = [], []
-    for i, ends in enumerate(final_N.split(size)):
+    known = bool(prompts) and None not in prompts
+    columns, broken = [], []
+    for i, group in enumerate(final_N.split(run.recipe.rl.group_size)):
         if i % few == 0:
             references = decode(run.generator, quiet_G[i : i + few], few)
-        frames = decode(run.generator, ends, micro)
-        scores = [critic.score(run.judge, part, run.recipe.critic, run.recipe.data.fps) for part in frames.split(micro)]
-        reward, skill, plain = (torch.cat([getattr(s, name) for s in scores])[:, None] for name in ("reward", "skill", "plain"))
-        before = references[i % few : i % few + 1].repeat_interleave(size, 0)
-        penalties, weights, names = critic.guards(frames, before, run.recipe.critic)
-        moved = torch.stack([critic.motion(frames), critic.motion(before)], 1)
-        rows.append(torch.cat([reward, penalties, skill, plain, moved], 1))
-        if prompts and None not in prompts:
-            broken += [float(bool(measure(video.cpu().numpy(), prompts[i]).violations)) for video in frames]
-    return torch.cat(rows), weights, names, broken
+        found, weights, names, wrong = _judge_group(run, group, references[i % few], prompts[i] if known else None)
+        columns.append(found)
+        broken += wrong
+    return torch.cat(columns), weights, names, broken
+
+
+def _judge_group(run: Run, latents: Tensor, reference: Tensor, prompt: Prompt | None) -> tuple[Tensor, Tensor, list[str], list[float]]:
+    micro = micro_batch(run)
+    frames = decode(run.generator, latents, micro)
+    scores = [critic.score(run.judge, part, run.recipe.critic, run.recipe.data.fps) for part in frames.split(micro)]
+    reward, skill, plain = (torch.cat([getattr(s, name) for s in scores])[:, None] for name in ("reward", "skill", "plain"))
+    before = reference[None].repeat_interleave(len(frames), 0)
+    penalties, weights, names = critic.guards(frames, before, run.recipe.critic)
+    moved = torch.stack([critic.motion(frames), critic.motion(before)], 1)
+    wrong = [] if prompt is None else [float(bool(measure(video.cpu().numpy(), prompt).violations)) for video in frames]
+    return torch.cat([reward, penalties, skill, plain, moved], 1), weights, names, wrong
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from ldo.world_model import WorldModel
 log = logging.getLogger(__name__)
 # files of a model folder that decide what a part of it makes
 PARTS = {"vae": ("vae/*",), "text": ("text_encoder*/*", "tokenizer*/*"), "world": ("*.json", "*.safetensors", "*.bin")}
-KEPT = 256  # prompts whose embeddings on disk also stay in memory, of those asked for last
 TEXT = 1  # version of the code that embeds prompts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,11 +97,11 @@ class Run:
 
 
 class Texts:
-    """Prompt embeddings, made once each and kept on the CPU, or on disk."""
+    """Prompt embeddings, made once each and kept on the CPU, or on disk and, of those asked for last, on the CPU too."""
 
     def __init__(self, run: Run):
         self._run, self._known = run, {}
-        self._read = lru_cache(KEPT)(self._stored)
+        self._read = lru_cache(cache.KEPT)(self._stored)
 
     def _entry(self, prompt: str) -> Path:
         m = self._run.recipe.model
