@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pretend
 import pytest
 import torch
 
-from benchmarks import bench_align, bench_residual, common, memory, model, show
+from benchmarks import bench_advantage, bench_align, bench_residual, common, memory, model, show
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -221,3 +222,22 @@ def test_gpu_check_refuses(arguments, message):
 
 def test_gpu_check_is_sound_shell():
     subprocess.run(["sh", "-n", ROOT / "benchmarks" / "gpu_check.sh"], check=True)
+
+
+@pytest.mark.parametrize(
+    "script, flags, ours",
+    [
+        (bench_align, "--sizes 33 --widths 24x16 --cases few --passes fwd+bwd", "triton"),
+        (bench_residual, "--sizes 8 --widths 32 --layouts one --metrics cosine --passes fwd+bwd", "triton"),
+        (bench_advantage, "--sizes 64", "cuda"),
+    ],
+)
+def test_what_a_script_does_on_a_gpu_runs_on_a_pretended_one(script, flags, ours, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_advantage, "launches", lambda work: (work(), 1)[1])  # a profiler sees only real ones
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--out", str(tmp_path / "r.json"), "--variants", f"{ours},eager", *flags.split()])
+    with pretend.gpu():
+        assert script.main() == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["device"] == "Pretended GPU"
+    assert {(row["variant"], row["pass"]) for row in result["rows"]} >= {(ours, "fwd+bwd"), ("eager", "fwd+bwd")}
+    assert all(row["ms"] > 0 and (row["grad_error"] or 0) < 0.5 for row in result["rows"])

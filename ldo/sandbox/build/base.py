@@ -64,20 +64,25 @@ def embed(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return encoder(ids, mask).last_hidden_state * mask[..., None]
 
 
+def encode(frames: np.ndarray, vae: AutoencoderKLWan, device: str, batch: int = 50) -> np.ndarray:
+    """Normalised latents [n, 8, 5, 8, 8] fp16 of clips [n, T, 3, H, W] uint8."""
+    vae = vae.to(device)
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    out = np.zeros((len(frames), 8, 5, 8, 8), np.float16)
+    with torch.no_grad():
+        for i in progress(range(0, len(frames), batch), "latents"):
+            x = (torch.from_numpy(np.array(frames[i : i + batch])).to(device).float() / 127.5 - 1).transpose(1, 2)
+            out[i : i + batch] = ((vae.encode(x).latent_dist.mean - mean) / std).half().cpu().numpy()
+    return out
+
+
 def latents(work: Path, vae: AutoencoderKLWan, device: str) -> tuple[np.ndarray, list[str]]:
     """Normalised latents of the mix [n, C, T, H, W] fp16, made once, and the captions."""
     frames, captions = pool(work, "mix", CLIPS)
     path = work / f"latents-{ENCODED}.npy"
     if not path.exists():
-        vae = vae.to(device)
-        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-        out = np.zeros((ENCODED, 8, 5, 8, 8), np.float16)
-        with torch.no_grad():
-            for i in progress(range(0, ENCODED, 50), "latents"):
-                x = (torch.from_numpy(np.array(frames[i : min(i + 50, ENCODED)])).to(device).float() / 127.5 - 1).transpose(1, 2)
-                out[i : i + 50] = ((vae.encode(x).latent_dist.mean - mean) / std).half().cpu().numpy()
         part = path.with_suffix(".part.npy")
-        np.save(part, out)
+        np.save(part, encode(frames[:ENCODED], vae, device))
         part.rename(path)
     return np.load(path), captions
 
@@ -89,7 +94,7 @@ def _models(captions: list[str]) -> tuple[PreTrainedTokenizerFast, dict[str, nn.
     return words, parts | {f"average_{k}": copy.deepcopy(v).requires_grad_(False) for k, v in parts.items()}
 
 
-def _matrices(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
+def block_matrices(transformer: WanTransformer3DModel) -> list[nn.Parameter]:
     """The blocks' matrices: what Muon is made for."""
     return [p for p in transformer.blocks.parameters() if p.ndim == 2]
 
@@ -140,7 +145,7 @@ def train(
 
     every = [adamw(trained)]
     fit(work / "base.pt", parts, every, lambda i: step(i, "base", batch, every, SHIFT), steps, deadline)
-    matrices = _matrices(parts["transformer"])
+    matrices = block_matrices(parts["transformer"])
     rest = [p for p in trained if all(p is not m for m in matrices)]
     both = [torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw(rest)]
     fit(work / "base-fine.pt", parts, both, lambda i: step(i, "base fine", 2 * batch, both, FINE_SHIFT), fine, deadline)

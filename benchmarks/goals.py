@@ -1,0 +1,174 @@
+"""What the kernels are meant to reach, beside what a device's results say: ``python benchmarks/goals.py [FOLDER] [--markdown]``.
+
+FOLDER holds the JSON files of ``gpu_check.sh`` for one device (default: every folder of benchmarks/results of a GPU). A goal whose
+measurement is missing says so and counts as open. Ratios are of medians of one run on one device; F is the floor, the operations that no
+implementation avoids at the device's own matmul rate. Exit code 1 if a measured goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
+
+from benchmarks import show
+
+RESULTS = Path(__file__).resolve().parent / "results"
+USUAL = {"Ds": 1920, "Dt": 1024}
+SIZES = (8192, 16384, 32768)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A goal's measurement: the value in its worst comparison, and the file that it comes from."""
+
+    value: float
+    file: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``measure`` takes the rows of all files; ``least``: the value must be at least ``must``, else at most."""
+
+    name: str
+    must: float
+    stretch: float
+    least: bool
+    form: str
+    measure: Callable[[list[Row]], Found | None]
+
+    def verdict(self, found: Found | None) -> str:
+        """not measured, missed, met or stretch."""
+        if found is None:
+            return "not measured"
+        beyond = (lambda limit: found.value >= limit) if self.least else (lambda limit: found.value <= limit)
+        return "stretch" if beyond(self.stretch) else "met" if beyond(self.must) else "missed"
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows of a device's kernel benchmarks, each with its file and that file's copy rate."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "copy_gbps" in result:
+            rows += [{**row, "file": path.name, "copy_gbps": result["copy_gbps"]} for row in result["rows"] if "variant" in row]
+    return rows
+
+
+def _comparisons(rows: list[Row], ours: str, **wanted: Any) -> Iterator[tuple[Row, dict[str, Row]]]:
+    """Our row and all variants of each comparison that has it; ``wanted`` values may be tuples of those allowed, N is looked up in the shape."""
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        known = {**row["shape"], **row}
+        if all(known.get(k) in v if isinstance(v, tuple) else known.get(k) == v for k, v in wanted.items()):
+            groups.setdefault((row["file"], show.setting(row)), {})[row["variant"]] = row
+    for variants in groups.values():
+        if ours in variants and variants[ours]["ms"]:
+            yield variants[ours], variants
+
+
+def _worst(values: list[tuple[float, str]], least: bool) -> Found | None:
+    return Found(*(min if least else max)(values)) if values else None
+
+
+def against(ours: str, baseline: str, **wanted: Any) -> Callable[[list[Row]], Found | None]:
+    """How many times faster than a baseline, where it is slowest to be so; comparisons that the baseline had no memory for are left out."""
+
+    def measure(rows: list[Row]) -> Found | None:
+        pairs = [(v[baseline]["ms"] / row["ms"], row["file"]) for row, v in _comparisons(rows, ours, **wanted) if v.get(baseline, {}).get("ms")]
+        return _worst(pairs, True)
+
+    return measure
+
+
+def largest(ours: str, value: Callable[[Row], float | None], **wanted: Any) -> Callable[[list[Row]], Found | None]:
+    """The largest value of our rows."""
+
+    def measure(rows: list[Row]) -> Found | None:
+        pairs = [(value(row), row["file"]) for row, _ in _comparisons(rows, ours, **wanted)]
+        return _worst([(v, file) for v, file in pairs if v is not None], False)
+
+    return measure
+
+
+def _memory(row: Row) -> float:
+    """Extra peak memory over what the design allows: 256 MiB of workspace and six bytes for each of the student's elements."""
+    shape = row["shape"]
+    return row["extra_mib"] / (256 + 6 * shape["B"] * shape["N"] * shape["Ds"] / 2**20)
+
+
+def _floors(row: Row) -> float | None:
+    return row.get("ratio_to_floor")
+
+
+def _error(row: Row) -> float | None:
+    return row["grad_error"]
+
+
+def _least_share(rows: list[Row]) -> Found | None:
+    found = [(row["gbps"] / row["copy_gbps"], row["file"]) for row, _ in _comparisons(rows, "triton", op="residual") if row["pass"] == "fwd"]
+    return _worst(found, True)
+
+
+RESIDUAL = {"op": "residual", "pass": "fwd+bwd"}
+BOTH = {"op": "relation", "case": "few", "pass": "fwd+bwd", "N": SIZES, **USUAL}
+SQUARED = {**BOTH, "case": "squared", "N": 16384}
+MANY, ALONE = {**BOTH, "case": "many"}, {**BOTH, "pass": "fwd"}
+SMALL = {"op": "advantage", "N": (64, 4096)}
+GOALS = (
+    Goal("relation loss and gradient, 8k to 32k, over the floor", 1.5, 1.25, False, "{:.2f} F", largest("triton", _floors, **BOTH)),
+    Goal("the same, against torch.compile", 1.5, 1.85, True, "{:.2f}x", against("triton", "compile", **BOTH)),
+    Goal("the same, against eager bf16", 2.0, 2.4, True, "{:.2f}x", against("triton", "eager", **BOTH)),
+    Goal("the same, against chunks with checkpointing", 3.0, 3.5, True, "{:.2f}x", against("triton", "checkpoint", **BOTH)),
+    Goal("relation loss alone, against torch.compile", 1.5, 1.8, True, "{:.2f}x", against("triton", "compile", **ALONE)),
+    Goal("its extra memory over 256 MiB + 6 bytes an element", 1.0, 1.0, False, "{:.2f}", largest("triton", _memory, **BOTH)),
+    Goal("its gradient's error, few pairs active", 5e-3, 2.5e-3, False, "{:.1e}", largest("triton", _error, **BOTH)),
+    Goal("its gradient's error, many pairs active", 5e-3, 2.5e-3, False, "{:.1e}", largest("triton", _error, **MANY)),
+    Goal("squared differences at 16k, against torch.compile", 5.0, 8.0, True, "{:.1f}x", against("triton", "compile", **SQUARED)),
+    Goal("residual alone, share of the copy rate", 0.85, 0.92, True, "{:.2f}", _least_share),
+    Goal("residual and gradient, against torch.compile", 1.5, 1.5, True, "{:.2f}x", against("triton", "compile", **RESIDUAL)),
+    Goal("residual and gradient, against eager", 3.5, 3.5, True, "{:.2f}x", against("triton", "eager", **RESIDUAL)),
+    Goal("group advantage: launches", 1, 1, False, "{:.0f}", largest("launch", lambda r: r.get("launches"), **SMALL)),
+    Goal("group advantage, against eager", 5.0, 8.0, True, "{:.1f}x", against("cuda", "eager", **SMALL)),
+)
+
+
+def lines(rows: list[Row], markdown: bool) -> list[str]:
+    """The table of goals."""
+    out = ["| goal | must | stretch | found | | file |", "| --- | --- | --- | --- | --- | --- |"] if markdown else []
+    for goal in GOALS:
+        found = goal.measure(rows)
+        sign = ">= " if goal.least else "<= "
+        cells = [goal.name, *(sign + goal.form.format(v) for v in (goal.must, goal.stretch))]
+        cells += [goal.form.format(found.value) if found else "-", goal.verdict(found), found.file if found else ""]
+        out.append(f"| {' | '.join(cells)} |" if markdown else "{:55} {:>11} {:>11} {:>11}  {:12} {}".format(*cells).rstrip())
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    folders = args.folders or sorted(f for f in RESULTS.glob("*") if f.is_dir() and "cpu" not in f.name)
+    if not folders:
+        print("no results of a GPU yet: sh benchmarks/gpu_check.sh")
+    missed = False
+    for folder in folders:
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder of results")
+        rows = read(folder)
+        print(f"{folder.name}", *lines(rows, args.markdown), sep="\n")
+        missed |= any(goal.verdict(goal.measure(rows)) == "missed" for goal in GOALS)
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
