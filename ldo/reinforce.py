@@ -86,7 +86,7 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
     plan = make_plan(run, update)
     shape, micro = latent_shape(run), micro_batch(run)
     drawn = [group_noise(run, "rollout", (update, g), shape, rl.group_size) for g in groups]
-    noise, pushes = send(torch.cat([n for n, _ in drawn]), device), send(torch.cat([k for _, k in drawn], 1), device)
+    noise, pushes = torch.cat([n for n, _ in drawn]).to(device), torch.cat([k for _, k in drawn], 1).to(device)
     text = run.texts([line.text for line in lines]).repeat(rl.group_size)
     null = run.texts([""])
     trajectory = sample(run.generator, noise, text, null, plan, pushes, micro)
