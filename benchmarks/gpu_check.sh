@@ -3,7 +3,13 @@
 #
 #   sh benchmarks/gpu_check.sh [--force] [--quick] [--results DIR] [PART ...]
 #
-# Parts, in order: build tests sanitizer align-sizes align-cases align-widths residual advantage step memory model model-long
+# Parts, in order:
+#   build tests sanitizer                                  the extension, the tests that need a GPU, compute-sanitizer on small cases
+#   align-sizes align-cases align-widths product tune      the relation loss, its product, cuts of its pair kernel
+#   residual advantage attention                           the other operations; every attention backend
+#   step memory model model-long model-ltx model-cogvideox the sandbox's step, the memory model, real models at real sizes
+#   sandbox sandbox-end                                    train the sandbox's generator further: a slice (again: goes on), the last one
+#
 # Results: DIR/<device>/<part>.json (default benchmarks/results), each beside its log. A part whose JSON is of this very
 # commit is skipped, unless --force. The last lines sum up. Exit code 1 if a part failed.
 #
@@ -17,7 +23,8 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
 export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
-ALL="build tests sanitizer align-sizes align-cases align-widths residual advantage step memory model model-long"
+ALL="build tests sanitizer align-sizes align-cases align-widths product tune residual advantage attention step memory"
+ALL="$ALL model model-long model-ltx model-cogvideox sandbox sandbox-end"
 force='' quick='' results=benchmarks/results parts=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -107,6 +114,13 @@ bench() {
     fi
 }
 
+# further NAME ARGUMENTS...: the further training of the sandbox's generator.
+further() {
+    name=$1
+    shift
+    logged "$name" 470 "$PYTHON" -m ldo.sandbox.build.further "$@"
+}
+
 # pick TINY QUICK FULL: the arguments that suit this run.
 pick() {
     if [ -n "$tiny" ]; then echo "$1"; elif [ -n "$quick" ]; then echo "$2"; else echo "$3"; fi
@@ -144,8 +158,19 @@ run() {
         bench align-widths bench_align.py $(pick '--sizes 256 --widths 48x32' '--sizes 4096 --widths 1536x1024' \
             '--sizes 4096,10240 --widths 1536x1024,3072x1024,5120x1408')
         ;;
+    product | tune)
+        [ -z "$tiny" ] || export TRITON_INTERPRET=1
+        case $1 in
+        product) bench product bench_product.py $(pick '--sizes 33 --widths 16x8' '' '') ;;
+        tune) bench tune tune_pairs.py $(pick '--sizes 65 --widths 16x12 --minutes 0.5' '--minutes 2' '--minutes 6') ;;
+        esac
+        [ -z "$tiny" ] || unset TRITON_INTERPRET
+        ;;
     residual) bench residual bench_residual.py $(pick '--sizes 1568 --widths 64' '' '') ;;
     advantage) bench advantage bench_advantage.py ;;
+    attention)
+        if has diffusers av; then bench attention bench_attention.py; else echo "== attention: left out, diffusers or av is not installed"; fi
+        ;;
     step)
         if has diffusers av; then
             bench step bench_step.py $(pick 'recipes/sandbox.yaml align.batch=4 rl.prompts=2 rl.group_size=2 rl.steps=4' '' '')
@@ -156,13 +181,33 @@ run() {
     memory)
         if has diffusers av; then bench memory bench_memory.py; else echo "== memory: left out, diffusers or av is not installed"; fi
         ;;
-    model | model-long) # a real model's step in its published configuration, random weights
+    model | model-*) # a real model's step in its published configuration, random weights
+        one='rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2'
+        case $1 in
+        model) recipe=wan2.1-1.3b size='' ;;
+        model-long) recipe=wan2.1-1.3b size="data.frames=81 data.height=480 data.width=832 $one" ;;
+        model-ltx) recipe=ltx-video size='' ;;
+        model-cogvideox) recipe=cogvideox-2b size='' ;;
+        esac
         if has diffusers av; then
-            size=$([ "$1" = model ] || echo 'data.frames=81 data.height=480 data.width=832 rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2')
-            bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/wan2.1-1.3b.yaml $size" "recipes/wan2.1-1.3b.yaml $size")
+            bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/$recipe.yaml $size" "recipes/$recipe.yaml $size")
         else
             echo "== $1: left out, diffusers or av is not installed"
         fi
+        ;;
+    sandbox | sandbox-end) # its training stays in runs/sandbox-further, some 21 MiB, and is what goes on elsewhere
+        if ! has diffusers av; then
+            echo "== $1: left out, diffusers or av is not installed"
+            return
+        fi
+        decay='' form=''
+        [ "$1" = sandbox ] || decay=--decay
+        for form in $(pick eager 'compiled graph eager' 'compiled graph eager'); do
+            further "$1" $(pick '--clips 8 --batch 2 --warmup 3 --minutes 0.3' '--minutes 2' '--minutes 5') $decay --form "$form" && break
+        done || status=1
+        [ "$code" -eq 0 ] && [ -n "$decay" ] || return
+        further sandbox-write --write runs/sandbox-further-wan && logged sandbox-quality 400 "$PYTHON" -m ldo.sandbox.build.quality \
+            runs/sandbox-further-wan --out "$folder/sandbox.json" $(pick '--loss-clips 4 --sound-clips 2 --prompts 2' '' '') || status=1
         ;;
     esac
 }
@@ -170,5 +215,6 @@ run() {
 for part in $parts; do run "$part"; done
 echo
 for file in $made; do [ ! -f "$file" ] || "$PYTHON" benchmarks/show.py "$file"; done
+[ -n "$tiny" ] || "$PYTHON" benchmarks/goals.py "$folder"
 [ "$status" -eq 0 ] && echo "all parts passed" || echo "SOME PARTS FAILED"
 exit "$status"

@@ -111,6 +111,16 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         peak = lambda row: f", {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""  # noqa: E731
         print(f"{path.name}: " + "; ".join(f"{part} {row['seconds']:.3g} s{peak(row)}" for part, row in result["parts"].items()))
         return
+    if not result["rows"]:
+        print(f"{path.name}: nothing measured")
+        return
+    if "config" in result["rows"][0]:
+        for n in dict.fromkeys(row["N"] for row in result["rows"]):
+            ranked = sorted((r for r in result["rows"] if r["N"] == n and "fwd_bwd_ms" in r), key=lambda r: r["fwd_bwd_ms"])
+            print(
+                f"{path.name}: {n}: " + ("; ".join(f"{r['fwd_bwd_ms']:.3f} ms {tuple(r['config'].values())}" for r in ranked[:3]) or "nothing timed")
+            )
+        return
     if "predicted" in result["rows"][0]:
         ratios = [row["predicted"] / row["measured"] for row in result["rows"]]
         print(f"{path.name}: {len(ratios)} passes, predicted / measured {min(ratios):.3f} to {max(ratios):.3f}")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ldo import checkpoint, flow, lora
+from ldo.distributed import send
 from ldo.encode import Clips, batch, prepare
 from ldo.metrics import Log
 from ldo.progress import Bar
 from ldo.rng import torch_rng
 from ldo.run import Run
 from ldo.teacher import Aligner
-from ldo.update import apply, warm
+from ldo.update import adamw, apply, warm
 
 HELD_OUT = (0.2, 0.5, 0.8)  # noise levels of the held-out loss
 
@@ -37,7 +38,7 @@ def losses(run: Run, aligner: Aligner | None, clips: Clips, rows: Tensor, noise:
     """Flow loss and L_PDA (0 without an aligner) of some clips of one size at given noise and times."""
     device = run.world.device
     latents, target = clips.take(rows)
-    x0, noise, t_B = latents.to(device), noise.to(device), t_B.to(device)
+    x0, noise, t_B = (send(v, device) for v in (latents, noise, t_B))
     text = run.texts([clips.prompts[i] for i in rows.tolist()])
     x = flow.noisy(x0, noise, t_B)
     if aligner is None:
@@ -70,7 +71,7 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
     parameters = run.parameters
     aligner = make_aligner(run) if stage == "align" else None
     trained = [*parameters.values(), *(aligner.parameters() if aligner else [])]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = adamw(trained, config.lr, config.weight_decay)
     lora.restore(parameters, run.fresh)
     step = 0
     state = checkpoint.load(run.checkpoint(stage))
@@ -92,12 +93,12 @@ def train(run: Run, stage: str) -> dict[str, Tensor]:
                 noise = torch.randn((config.batch, *shape), generator=rng)
                 t_B = run.generator.training_times(torch.rand(config.batch, generator=rng), shape, config.time_shift)
                 mine = list(world.share(config.batch))
-                flow_loss, pda = torch.zeros(()), torch.zeros(())
+                flow_loss, pda = torch.zeros(2, device=world.device)
                 for part in micro_batches(mine, config.micro_batch):
                     found = losses(run, aligner, clips, rows[part], noise[part], t_B[part])
                     share = len(part) / len(mine)
                     ((found[0] + recipe.teacher.weight * found[1]) * share).backward()
-                    flow_loss, pda = (a + b.detach().cpu() * share for a, b in zip((flow_loss, pda), found, strict=True))
+                    flow_loss, pda = (a + b.detach() * share for a, b in zip((flow_loss, pda), found, strict=True))
                 where = f"{stage} step {step}, clips {rows[mine][:4].tolist()}..."
                 norm = apply(optimizer, trained, world, config.max_grad_norm, warm(config.lr, step, config.warmup), where)
                 step += 1

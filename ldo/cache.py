@@ -29,6 +29,7 @@ from ldo.config import RecipeError
 from ldo.progress import Bar
 
 THREADS = 16
+KEPT = 256  # prompts whose embeddings stay in memory once read, of those asked for last
 DAY = 86400.0  # seconds
 
 

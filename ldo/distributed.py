@@ -49,6 +49,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; from the host to a GPU through pinned memory, so that the host does not wait for what the GPU still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Average gradients over ranks in one flat all-reduce; a parameter without gradient counts as zero."""
     if world.size == 1:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +19,26 @@ from torch import Tensor, nn
 # one file for each transformer of the pipeline; the first has the name that diffusers looks for in a folder
 WEIGHTS = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
 COMFY = {"transformer": "comfyui_lora.safetensors", "transformer_2": "comfyui_lora_low_noise.safetensors"}
+
+
+class Product(nn.Linear):
+    """One of the adapter's two products, in its input's precision; the weight stays fp32, and so does what the optimizer adds up.
+
+    peft widens the input instead: q, k and v then each keep an fp32 copy of one 16-bit x for the backward, and the products, fp32 too,
+    leave copies of the output. The stock pipeline keeps the adapter in the base's precision, so this is also how it computes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _thrifty(transformer: nn.Module) -> None:
+    """Make every product of the adapter a ``Product``; layers hand them their input as it is."""
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for linear in (*layer.lora_A.values(), *layer.lora_B.values()):
+                linear.__class__ = Product
 
 
 def add(transformers: dict[str, nn.Module], rank: int, alpha: float, targets: Sequence[str] | str, seed: int) -> dict[str, nn.Parameter]:
@@ -29,6 +51,7 @@ def add(transformers: dict[str, nn.Module], rank: int, alpha: float, targets: Se
         torch.manual_seed(seed)
         for prefix, transformer in transformers.items():
             transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=_targets(targets)))
+            _thrifty(transformer)
             own = {}
             for name, parameter in transformer.named_parameters():
                 if parameter.requires_grad:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from ldo import meta, passes
+from ldo import cache, meta, passes
 from ldo.config import Recipe
 from ldo.generator.published import configs
 from ldo.passes import Alignment, Step
@@ -143,6 +144,11 @@ class Plan:
         """Bytes of one prompt's embeddings."""
         return self.length * meta.text_width(self.parts["transformer"]) * self.dtype.itemsize
 
+    @property
+    def _texts(self) -> int:
+        """Bytes of embeddings that a process keeps in the host's memory; where they are not on disk, of all prompts."""
+        return (cache.KEPT if self.on_disk else self.recipe.data.prompt_count) * self.text
+
     @cached_property
     def alignment(self) -> Alignment:
         c, tubelet = self.judge, self.judge.get("tubelet_size", 2)
@@ -241,9 +247,9 @@ class Plan:
         held = batch * (3 * self.latents + self.text + feature)
         work = passes.training_bytes(self.step(batch, True), alignment)
         phases.append(Phase(f"train on {batch}", self._resident(), trained, held, work))
-        phases.append(Phase("optimizer step", self._resident(), trained, 0, (2 if self.gpus > 1 else 1) * self.lora))
+        phases.append(Phase("optimizer step", self._resident(), trained, 0, self.lora if self.gpus > 1 else 0))
         kept = 0 if self.on_disk else self.clips * (self.latents + feature)
-        return phases, 2 * kept + encoded * self.video  # twice while parts are joined
+        return phases, 2 * kept + encoded * self.video + self._texts  # twice while parts are joined
 
     def reinforce(self, _name: str) -> tuple[list[Phase], int]:
         r, rl = self.recipe, self.recipe.rl
@@ -255,17 +261,18 @@ class Plan:
         drawn = n * ((1 + s) * self.latents + self.text)  # noise of the start and of the steps, embeddings
         path = n * (3 * s + 1) * self.latents  # the trajectory: state, next state and mean of each stochastic step, and the end
         reference = n * s * self.latents if rl.kl and rl.objective == "grpo" else 0
-        videos = n * self.video
         sampling = passes.sampling_bytes(self.step(micro, False, rl.guidance))
-        once = micro if rl.micro_batch else max(g, groups)  # the reference's videos, one a group, are decoded together
-        guards = n * passes.guard_bytes(r.critic, self.size)
-        kept = drawn + path + reference + 2 * videos
+        few = math.gcd(groups, micro) if rl.micro_batch else groups  # groups whose references, one a group, are decoded together
+        once = max(micro, few)
+        guards = g * passes.guard_bytes(r.critic, self.size)
+        kept = drawn + path + reference + groups * self.latents
+        videos = (few + g) * self.video  # of all that is decoded, only these live; the guards hold a reference beside each
         phases = [
             self.text_phase(adapter, drawn),
             Phase(f"sample {n} videos, {micro} at a time", self._resident(), adapter, drawn + path, max(sampling + 2 * micro * self.latents, path)),
-            Phase(f"decode {once} at a time", self._resident("vae"), adapter, kept, self.vae_bytes(once)),
-            Phase(f"score {_many(micro, 'video')}", self._resident("world_model"), adapter, kept, self.critic_bytes(micro)),
-            Phase(f"guards on {n} videos", self._resident(), adapter, kept, guards),
+            Phase(f"decode {once} at a time", self._resident("vae"), adapter, kept + videos - micro * self.video, self.vae_bytes(once)),
+            Phase(f"score {_many(micro, 'video')}", self._resident("world_model"), adapter, kept + videos, self.critic_bytes(micro)),
+            Phase(f"guards on {g} videos", self._resident(), adapter, kept + videos + g * self.video, guards),
         ]
         held = path + reference + n * self.text
         step = self.step(micro, True, rl.guidance)
@@ -273,8 +280,8 @@ class Plan:
         if rl.align_weight or rl.flow_weight:
             extra = self.align("align")[0][-2]
             phases.append(dataclasses.replace(extra, name="clips beside", adapter=adapter, held=extra.held + held))
-        phases.append(Phase("optimizer step", self._resident(), adapter, held, (2 if self.gpus > 1 else 1) * self.lora))
-        return phases, 2 * self.lora
+        phases.append(Phase("optimizer step", self._resident(), adapter, held, self.lora if self.gpus > 1 else 0))
+        return phases, 2 * self.lora + self._texts
 
     def evaluate(self, _name: str) -> tuple[list[Phase], int]:
         e = self.recipe.evaluate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldo import align, checkpoint, critic, data, encode, flow, lora, objectives
-from ldo.distributed import gather
+from ldo.distributed import gather, send
 from ldo.generator import Text
 from ldo.metrics import Log
 from ldo.ops import group_advantage
@@ -27,7 +27,8 @@ from ldo.rollout import Plan, Trajectory, decode, kicks, sample, step
 from ldo.run import Run
 from ldo.sandbox.dataset import prompt_of
 from ldo.sandbox.measure import measure
-from ldo.update import TrainingError, apply
+from ldo.sandbox.observe import Prompt
+from ldo.update import TrainingError, adamw, apply
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
     text = run.texts([line.text for line in lines]).repeat(rl.group_size)
     null = run.texts([""])
     trajectory = sample(run.generator, noise, text, null, plan, pushes, micro)
-    frames = decode(run.generator, trajectory.final_N, micro)
 
     # what the stage-1 model makes of the same prompts and noise: the guards' measure
     first = slice(None, None, rl.group_size)
@@ -98,16 +98,11 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
         few = math.gcd(len(groups), micro) if rl.micro_batch else len(groups)
         quiet = sample(run.generator, noise[first], text[first], null, still, pushes[:0, first], few).final_N
         mean_ref = reference_means(run, trajectory, plan, text, null) if rl.kl and rl.objective == "grpo" else None
-    before = decode(run.generator, quiet, few).repeat_interleave(rl.group_size, 0)
-
-    scored = torch.cat([columns(run, rows) for rows in frames.split(micro)])
-    penalties, weights, names = critic.guards(frames, before, recipe.critic)
-    rewards = torch.cat([scored[:, :1], penalties], 1)
+    measured = lines if update % recipe.save_every == 0 else []
+    columns, weights, names, broken = judge(run, trajectory.final_N, quiet, few, measured)
     ids = torch.tensor(groups, device=device).repeat_interleave(rl.group_size)
-    moved = torch.stack([critic.motion(frames), critic.motion(before)], 1)
-    figures_local = torch.cat([ids[:, None].float(), rewards, scored[:, 1:], moved], 1)
     # groups are whole on a rank; gathering rewards alone makes statistics independent of how many ranks there are
-    everyone = gather(figures_local, run.world)
+    everyone = gather(torch.cat([ids[:, None].float(), columns], 1), run.world)
     everyone = everyone[everyone[:, 0].argsort(stable=True)]
     all_ids, all_rewards = everyone[:, 0].long(), everyone[:, 1 : 2 + len(names)]
     weight = torch.cat([torch.ones(1, device=device), weights])
@@ -122,26 +117,40 @@ def collect(run: Run, update: int, reference: dict[str, Tensor]) -> tuple[Rollou
         "zero_variance_groups": int(stats.zero_variance[:, 0].sum()),
         **{f"guard_{n}": float(all_rewards[:, 1 + i].mean()) for i, n in enumerate(names)},
     }
-    if update % recipe.save_every == 0:
-        figures |= exact(run, lines, frames)
+    if broken:
+        figures["violation_rate"] = float(gather(torch.tensor(broken), run.world).mean())
     return Rollout(groups, text, plan, trajectory, mine, mean_ref), figures
 
 
-def columns(run: Run, frames: Tensor) -> Tensor:
-    """Reward, skill and plain of one micro-batch [n, 3]."""
-    scores = critic.score(run.judge, frames, run.recipe.critic, run.recipe.data.fps)
-    return torch.stack([scores.reward, scores.skill, scores.plain], 1)
+def judge(run: Run, final_N: Tensor, quiet_G: Tensor, few: int, lines: list[data.PromptLine]) -> tuple[Tensor, Tensor, list[str], list[float]]:
+    """What the critic and the guards say of a rollout. No video outlives its group; ``few`` groups' references are decoded together.
 
-
-def exact(run: Run, lines: list[data.PromptLine], frames: Tensor) -> dict[str, float]:
-    """Exact metrics of a rollout's videos, where the prompts are the sandbox's. Never trained on."""
+    ``final_N``: latents of the groups' videos, ``quiet_G`` the reference's of each group. Returns per video [N, R + 5] the reward,
+    R penalties, skill, plain, its motion and its reference's; weights and names of the penalties; and, where ``lines`` are given
+    and all are the sandbox's, 1 for each video that breaks physics, which is never trained on.
+    """
     prompts = [prompt_of(line.text, line.extra) for line in lines]
-    if any(p is None for p in prompts):
-        return {}
-    size = run.recipe.rl.group_size
-    found = [measure(f.cpu().numpy(), prompts[i // size]) for i, f in enumerate(frames)]
-    broken = gather(torch.tensor([float(bool(m.violations)) for m in found]), run.world)
-    return {"violation_rate": float(broken.mean())}
+    known = bool(prompts) and None not in prompts
+    columns, broken = [], []
+    for i, group in enumerate(final_N.split(run.recipe.rl.group_size)):
+        if i % few == 0:
+            references = decode(run.generator, quiet_G[i : i + few], few)
+        found, weights, names, wrong = _judge_group(run, group, references[i % few], prompts[i] if known else None)
+        columns.append(found)
+        broken += wrong
+    return torch.cat(columns), weights, names, broken
+
+
+def _judge_group(run: Run, latents: Tensor, reference: Tensor, prompt: Prompt | None) -> tuple[Tensor, Tensor, list[str], list[float]]:
+    micro = micro_batch(run)
+    frames = decode(run.generator, latents, micro)
+    scores = [critic.score(run.judge, part, run.recipe.critic, run.recipe.data.fps) for part in frames.split(micro)]
+    reward, skill, plain = (torch.cat([getattr(s, name) for s in scores])[:, None] for name in ("reward", "skill", "plain"))
+    before = reference[None].repeat_interleave(len(frames), 0)
+    penalties, weights, names = critic.guards(frames, before, run.recipe.critic)
+    moved = torch.stack([critic.motion(frames), critic.motion(before)], 1)
+    wrong = [] if prompt is None else [float(bool(measure(video.cpu().numpy(), prompt).violations)) for video in frames]
+    return torch.cat([reward, penalties, skill, plain, moved], 1), weights, names, wrong
 
 
 @torch.no_grad()
@@ -163,10 +172,12 @@ def micro_losses(
     ``old``: the adapter values that sampled (nft, awm); None as long as they are still the present ones.
     """
     size, micro, null = run.recipe.rl.group_size, micro_batch(run), run.texts([""])
+    differ = rollout.advantage_N.unflatten(0, (-1, size)).any(1).tolist()
     for group in groups:
-        at = rollout.groups.index(group) * size
-        if not rollout.advantage_N[at : at + size].any():  # nothing to tell apart in this group
+        number = rollout.groups.index(group)
+        if not differ[number]:  # nothing to tell apart in this group
             continue
+        at = number * size
         parts = [slice(i, i + micro) for i in range(at, at + size, micro)]
         if run.recipe.rl.objective == "grpo":
             yield from _transition_losses(run, rollout, parts, null)
@@ -207,7 +218,7 @@ def _level_losses(
         drawn = torch.randn((rl.group_size, *final_N.shape[1:]), generator=rng).split(micro_batch(run))
         for rows, noise in zip(parts, drawn, strict=True):
             x0, text, advantage = final_N[rows], rollout.text_N[rows], rollout.advantage_N[rows]
-            noise = noise.to(x0.device)
+            noise = send(noise, x0.device)
             t_B = torch.full((len(x0),), rollout.plan.times[level], device=x0.device)
             x_t = flow.noisy(x0, noise, t_B)
             v_old, v_ref = None, None
@@ -244,7 +255,7 @@ def train(run: Run) -> dict[str, Tensor]:
     lora.restore(parameters, reference)
     average = {k: v.clone() for k, v in reference.items()}
     trained = list(parameters.values())
-    optimizer = torch.optim.AdamW(trained, lr=rl.lr, weight_decay=rl.weight_decay)
+    optimizer = adamw(trained, rl.lr, rl.weight_decay)
     update, recent, stopped = 0, [], ""
     state = checkpoint.load(run.checkpoint("reinforce"))
     if state:
@@ -288,16 +299,16 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
     for epoch in range(rl.epochs):
         for number, groups in enumerate(minibatch_groups(run)):
             parts = len(groups) * (rl.window if rl.objective == "grpo" else rl.train_times) * (rl.group_size // micro_batch(run))
-            first = epoch == number == 0
+            first, seen = epoch == number == 0, []
             for loss in micro_losses(run, rollout, groups, update * rl.epochs + epoch, None if first else old, reference):
-                if first and not (loss.ratio == 1).all():
-                    worst = float((loss.ratio.detach() - 1).abs().max())
-                    raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
                 (loss.total / parts).backward()
-                far = float((loss.ratio.detach() - 1).abs().mean())
-                figures = {"policy_loss": loss.policy, "kl": loss.divergence, "clipped": loss.clipped, "ratio_off": far}
-                for key, value in figures.items():
-                    sums[key] = sums.get(key, 0.0) + float(torch.as_tensor(value).detach()) / (parts * rl.minibatches * rl.epochs)
+                off = (loss.ratio.detach() - 1).abs()
+                seen.append(torch.stack([v.detach() for v in (loss.policy, loss.divergence, loss.clipped, off.mean(), off.max())]))
+            for *found, worst in torch.stack(seen).tolist() if seen else []:  # fetched together: a GPU is waited for once
+                if first and worst != 0:
+                    raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
+                for key, value in zip(("policy_loss", "kl", "clipped", "ratio_off"), found, strict=True):
+                    sums[key] = sums.get(key, 0.0) + value / (parts * rl.minibatches * rl.epochs)
             if aligner is not None:
                 extra_losses(run, aligner, (update * rl.epochs + epoch) * rl.minibatches + number)
             where = f"update {update}, groups {groups}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,11 @@ class Run:
 
 
 class Texts:
-    """Prompt embeddings, made once each and kept on the CPU, or on disk."""
+    """Prompt embeddings, made once each and kept on the CPU, or on disk and, of those asked for last, on the CPU too."""
 
     def __init__(self, run: Run):
         self._run, self._known = run, {}
+        self._read = lru_cache(cache.KEPT)(self._stored)
 
     def _entry(self, prompt: str) -> Path:
         m = self._run.recipe.model
@@ -124,7 +125,7 @@ class Texts:
     def __call__(self, prompts: list[str]) -> Text:
         """Embeddings on the run's device."""
         if self._run.recipe.on_disk:
-            return Text.cat([self._stored(p) for p in prompts]).to(self._run.world.device)
+            return Text.cat([self._read(p) for p in prompts]).to(self._run.world.device)
         new = sorted(set(prompts) - set(self._known))
         for i in range(0, len(new), 32):
             made = self._run.generator.encode_text(new[i : i + 32]).to("cpu")

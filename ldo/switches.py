@@ -39,16 +39,10 @@ def check(model: Model) -> None:
 def store_in_fp8(transformer: nn.Module, dtype: torch.dtype) -> int:
     """Store the blocks' weights as float8_e4m3fn and widen them to ``dtype`` for their forward; returns how many.
 
-    To be called once the adapter is on. Norms, what is outside the blocks and the adapter stay as they are. diffusers also
-    keeps peft from casting a layer's input to the adapter's type, in fear that this were 8 bits: here it is fp32 and the
-    cast is needed, so that hook comes off again.
+    To be called once the adapter is on. Norms, what is outside the blocks and the adapter stay as they are.
     """
     outside = tuple(f"^{n}$" for n, child in transformer.named_children() if not isinstance(child, nn.ModuleList))
     transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_pattern=("norm", "lora_", *outside))
-    for module in transformer.modules():
-        hooks = getattr(module, "_diffusers_hook", None)
-        if hooks is not None and hooks.get_hook("peft_autocast_disable") is not None:
-            hooks.remove_hook("peft_autocast_disable", recurse=False)
     return sum(p.dtype == torch.float8_e4m3fn for p in transformer.parameters())
 
 

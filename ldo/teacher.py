@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldo.config import Teacher
+from ldo.distributed import send
 from ldo.ops import relation_loss
 from ldo.world_model import Tokens, WorldModel, window_starts
 
@@ -39,7 +40,7 @@ class Target:
         return Target(self.y_BNE[index], self.weight_BN[index], self.grid, self.skip)
 
     def to(self, device: torch.device) -> Target:
-        return Target(self.y_BNE.to(device), self.weight_BN.to(device), self.grid, self.skip)
+        return Target(send(self.y_BNE, device), send(self.weight_BN, device), self.grid, self.skip)
 
 
 @torch.no_grad()

@@ -28,6 +28,11 @@ def apply(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], worl
     return norm
 
 
+def adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; on a GPU in its fused form, which makes no intermediate copies of all weights."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=all(p.is_cuda for p in parameters) or None)
+
+
 def warm(lr: float, step: int, warmup: int) -> float:
     """Linear warm-up to a constant rate."""
     return lr * min(1.0, (step + 1) / max(warmup, 1))

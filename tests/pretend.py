@@ -138,6 +138,10 @@ class _Functions(TorchFunctionMode):
             return args[0].is_cpu and not self.marks.on_card(args[0])
         if func in READS and self.marks.on_card(args[0]):
             raise TypeError(f"can't convert {CARD} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        if func is Tensor.pin_memory:
+            if self.marks.on_card(args[0]):
+                raise RuntimeError("only dense CPU tensors can be pinned")
+            return args[0].clone()
         if func in SPEAK:
             return func(*args, **kwargs)
         if func in MOVES:

@@ -23,6 +23,24 @@ def test_alone_nothing_is_exchanged():
     assert distributed.gather(x, World()) is x
 
 
+def test_sending_to_where_it_is_copies_nothing():
+    x = torch.randn(3)
+    assert distributed.send(x, torch.device("cpu")) is x
+
+
+@pytest.mark.gpu
+def test_sending_to_a_gpu_does_not_wait_for_it():
+    x, device = torch.randn(1000), torch.device("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = distributed.send(x, device)
+        with pytest.raises(RuntimeError):
+            x.to(device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there.cpu(), x)
+
+
 def work(rank, size, port, out):
     import os
 

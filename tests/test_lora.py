@@ -5,11 +5,12 @@ import json
 import models
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldo import generator, lora
+from ldo.generator.folder import read_geometry
 
 
 def comfy(wan, values):
@@ -56,6 +57,26 @@ def test_stock_pipeline_reproduces_the_trained_model_exactly(wan, wan_folder, tm
     assert not torch.allclose(output(stock.transformer), expected, atol=1e-2)
     stock.load_lora_weights(tmp_path)
     assert (output(stock.transformer) - expected).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("form", ["wan", "cogvideox-5b", "hunyuan", "ltx"])
+def test_in_bf16_the_stock_pipeline_computes_what_training_did(form, tmp_path):
+    """It keeps the adapter in the base's precision; training rounds the fp32 weights to it in every pass."""
+    folder = models.FAMILIES[form](tmp_path / form)
+    family, options = read_geometry(folder)[0], generator.Options(text_length=16)
+    model = generator.load(family, folder, torch.bfloat16, options)
+    parameters = models.adapter(model, 4, 8.0)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    x, t = torch.randn(2, model.geometry.channels, 3, 4, 4), torch.tensor([0.3, 0.8])
+    text, values = model.encode_text(["a red ball rolls", "a blue ball"]), lora.snapshot(parameters)
+    lora.export(tmp_path / "out", values, 4, 8.0, model.lora_targets, comfy(model, values))
+    stock = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    lora.load_into(stock, tmp_path / "out")
+    with torch.no_grad():
+        found = generator.adapter(family)(stock, options).velocity(x, t, text)
+        assert torch.equal(found, model.velocity(x, t, text))
+        with lora.swapped(parameters, lora.zeros(parameters)):
+            assert not torch.allclose(found, model.velocity(x, t, text), atol=1e-2)
 
 
 def test_comfy_file_round_trips(wan, wan_folder, tmp_path):

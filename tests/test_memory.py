@@ -6,6 +6,7 @@ in fp32 those are small.
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 import recipes
 from benchmarks.memory import peak_extra
-from ldo import budget, critic, lora, memory, meta, passes, teacher
+from ldo import budget, critic, lora, memory, meta, passes, reinforce, teacher
 from ldo.check import main as check_main
 from ldo.config import Critic, RecipeError, Teacher, read
 from ldo.generator import published
@@ -154,6 +155,21 @@ def test_the_guards():
     assert 3 * passes.guard_bytes(Critic(), (17, 32, 32)) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.parametrize(("groups", "size", "micro", "within"), [(2, 4, 0, 0.15), (2, 4, 2, 0.01), (4, 4, 2, 0.01)])
+def test_judging_a_rollout(open_run, groups, size, micro, within):
+    """Videos of one group at a time: with micro-batches the guards on a group are the most, whole groups are decoded in one pass, see the VAE."""
+    changes = {"rl__prompts": groups, "rl__group_size": size, "rl__micro_batch": micro, "rl__minibatches": 1, "rl__kl": 0.0}
+    run = open_run(stages=["reinforce"], **changes)
+    n, shape, few = groups * size, reinforce.latent_shape(run), math.gcd(groups, micro) if micro else groups
+    final, quiet = torch.randn(n, *shape), torch.randn(groups, *shape)
+    found = peak_extra(lambda: reinforce.judge(run, final, quiet, few, []), CPU, 0) * 2**20
+    p = memory.plan(run.recipe, run.recipe.model.path, run.recipe.world_model.path)
+    phases = [x for s in p.stages() for x in s.phases if s.name == "reinforce" and x.name.split()[0] in ("decode", "score", "guards")]
+    steps = run.recipe.rl.window
+    held = n * ((2 + 4 * steps) * p.latents + p.text) + groups * p.latents  # noise, trajectory, embeddings: there before
+    assert len(phases) == 3 and max(x.held + x.work for x in phases) - held == pytest.approx(found, rel=within)
+
+
 # ---------------------------------------------------------------------------------------------- extrapolation and families
 
 
@@ -254,7 +270,7 @@ def test_stages_and_weights(plan, wan, judge):
 def test_gpus_share_the_batch_and_the_groups(plan):
     phases = [{p.name.split()[0]: p for s in plan(gpus).stages() for p in s.phases if s.name == "align"} for gpus in (1, 2)]
     assert phases[1]["train"].name == "train on 2" and phases[1]["train"].work < 0.6 * phases[0]["train"].work
-    rollouts = [next(p for s in plan(gpus).stages() if s.name == "reinforce" for p in s.phases if "guards" in p.name) for gpus in (1, 2)]
+    rollouts = [next(p for s in plan(gpus).stages() if s.name == "reinforce" for p in s.phases if p.name.startswith("sample")) for gpus in (1, 2)]
     assert rollouts[0].held > 1.8 * rollouts[1].held
 
 

@@ -1,6 +1,7 @@
 """Stage 2: the ratio, what the gradient favours, resume, samplers and objectives, the stop rule."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from interrupt import interrupted
 
 from ldo import align, checkpoint, critic, lora, reinforce
 from ldo.metrics import read
+from ldo.rollout import decode
 from ldo.update import TrainingError
 
 ONLY = {"stages": ["reinforce"]}
@@ -130,6 +132,34 @@ def test_guidance_and_unshared_noise(open_run):
     rollout, _ = reinforce.collect(shared, 0, shared.fresh)
     assert torch.equal(rollout.trajectory.x_SN[0, 0], rollout.trajectory.x_SN[0, 1])
     assert not torch.equal(rollout.trajectory.final_N[0], rollout.trajectory.final_N[1])
+
+
+@pytest.mark.parametrize("micro", [0, 2])
+def test_judging_group_by_group_is_judging_all(open_run, monkeypatch, micro):
+    """The same bits as from all videos at once, none of which outlives its group."""
+    run = open_run(**ONLY, rl__prompts=4, rl__minibatches=2, rl__micro_batch=micro)
+    shape, few = reinforce.latent_shape(run), micro or 4
+    final, quiet = (torch.randn(n, *shape, generator=torch.Generator().manual_seed(n)) for n in (16, 4))
+    frames, before = decode(run.generator, final, micro or 4), decode(run.generator, quiet, few).repeat_interleave(4, 0)
+    scores = [critic.score(run.judge, part, run.recipe.critic, run.recipe.data.fps) for part in frames.split(micro or 4)]
+    reward, skill, plain = (torch.cat([getattr(s, k) for s in scores])[:, None] for k in ("reward", "skill", "plain"))
+    guards, weights, names = critic.guards(frames, before, run.recipe.critic)
+    expected = torch.cat([reward, guards, skill, plain, critic.motion(frames)[:, None], critic.motion(before)[:, None]], 1)
+
+    made, alive = [], []
+
+    def watched(*args):
+        alive.append([len(v()) for v in made if v() is not None])
+        found = decode(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(reinforce, "decode", watched)
+    found = reinforce.judge(run, final, quiet, few, run.prompts[:4])
+    assert torch.equal(found[0], expected) and torch.equal(found[1], weights) and found[2] == names
+    assert len(found[3]) == 16 and set(found[3]) <= {0.0, 1.0}
+    assert len(made) == 4 + 4 // few and all(set(n) <= {few} and len(n) <= 1 for n in alive)  # at each decoding, references alone live
+    assert reinforce.judge(run, final, quiet, few, [])[3] == []
 
 
 def test_a_group_without_variance_is_dropped_and_counted(open_run, monkeypatch):

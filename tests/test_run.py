@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ldo import cache
+
 
 def test_texts_are_embedded_once_and_as_the_pipeline_does(open_run, monkeypatch):
     run = open_run()
@@ -12,6 +14,17 @@ def test_texts_are_embedded_once_and_as_the_pipeline_does(open_run, monkeypatch)
     assert torch.equal(first[1], stock[0])
     monkeypatch.setattr(run.generator, "encode_text", lambda _: pytest.fail("embedded twice"))
     assert torch.equal(run.texts(["a blue ball"]).tensors["embeds"][0], first[1])
+
+
+def test_texts_are_read_from_disk_once(open_run, monkeypatch):
+    prompts = ["a red ball", "", "a red ball"]
+    expected = open_run().texts(prompts)
+    again, read, seen = open_run(), cache.read, []
+    monkeypatch.setattr(again.generator, "encode_text", lambda _: pytest.fail("embedded twice"))
+    monkeypatch.setattr(cache, "read", lambda path: seen.append(path) or read(path))
+    for _ in range(2):
+        assert torch.equal(again.texts(prompts).tensors["embeds"], expected.tensors["embeds"])
+    assert len(seen) == len(set(seen)) == 2
 
 
 def test_adapter_starts_as_the_base(open_run):

@@ -9,17 +9,17 @@ import models
 import pytest
 import torch
 from interrupt import interrupted
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import recipes
-from ldo import align, check, checkpoint, generator, lora, reinforce, switches
+from ldo import align, check, checkpoint, generator, lora, meta, reinforce, switches
 from ldo.config import Model, Recipe, RecipeError
 from ldo.generator.folder import read_geometry
 from ldo.metrics import read
 from ldo.run import configure
 from ldo.world_model import WorldModel
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 SHORT = {"stages": ["align", "reinforce"], "align__steps": 2, "align__batch": 2, "rl__updates": 1, "rl__group_size": 2, "rl__steps": 4}
 
 
@@ -38,7 +38,7 @@ def adapted(dtype, family="wan"):
     for name, p in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules or ()):
             p.data = p.data.to(dtype)
-    parameters = lora.add({"transformer": model}, 4, 8.0, TARGETS if family == "wan" else TARGETS[:3], seed=0)
+    parameters = lora.add({"transformer": model}, 4, 8.0, meta.FAMILIES[type(model).__name__].targets, seed=0)
     rng = torch.Generator().manual_seed(1)
     for p in parameters.values():
         p.data.normal_(0, 0.1, generator=rng)
@@ -58,7 +58,7 @@ def step(model, parameters, call):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = model(**call)[0]
     size = sum(x.untyped_storage().nbytes() for x in kept.values())
-    out.float().square().sum().backward()
+    (out if out.dtype == torch.float64 else out.float()).square().sum().backward()
     return out.detach(), torch.cat([p.grad.flatten() for p in parameters.values()]), size
 
 
@@ -77,6 +77,61 @@ def test_bf16_base_fp32_adapter(open_run):
         assert {v.dtype for s in state["optimizer"]["state"].values() for v in s.values()} == {torch.float32}
     for folder in ("aligned", "ldo"):
         assert {v.dtype for v in lora.read(run.lora_folder(folder)).values()} == {torch.float32}
+
+
+def as_peft(model):
+    """The adapter as peft runs it: inputs and products in the precision of the adapter's weights."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = True
+            for linear in (*layer.lora_A.values(), *layer.lora_B.values()):
+                linear.__class__ = nn.Linear
+
+
+def doubled(model, call):
+    """The same values in fp64, those of the adapter too."""
+    to = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+    model.double()
+    return {k: tuple(map(to, v)) if isinstance(v, tuple) else to(v) for k, v in call.items()}
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan", "ltx"])
+def test_the_adapters_products_in_bf16_keep_less_and_are_as_exact(family):
+    """Against fp64: what rounding adds to the base's own is small beside it."""
+    model, parameters, call = adapted(torch.bfloat16, family)
+    exact, truth, _ = step(model, parameters, doubled(model, call))
+    ours = step(*adapted(torch.bfloat16, family))
+    model, parameters, call = adapted(torch.bfloat16, family)
+    as_peft(model)
+    theirs = step(model, parameters, call)
+    assert ours[1].dtype == torch.float32 and truth.dtype == torch.float64
+    assert ours[2] < 0.8 * theirs[2]
+
+    def far(found):
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, (exact, truth), strict=True)]
+
+    for now, before in zip(far(ours[:2]), far(theirs[:2]), strict=True):
+        assert 0 < now < 1.25 * before < 0.02
+
+
+def test_in_fp32_the_adapter_is_pefts_to_the_bit():
+    ours = step(*adapted(torch.float32))
+    model, parameters, call = adapted(torch.float32)
+    as_peft(model)
+    theirs = step(model, parameters, call)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and ours[2] == theirs[2]
+
+
+def test_q_k_and_v_keep_one_input_between_them():
+    model, parameters, _ = adapted(torch.bfloat16)
+    attention, kept = model.blocks[0].attn1, []
+    x = torch.randn(2, 8, 32, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        sum(layer(x) for layer in (attention.to_q, attention.to_k, attention.to_v)).float().sum().backward()
+    inputs = [t for t in kept if t.numel() == x.numel()]
+    assert len(inputs) == 3 and {t.untyped_storage().data_ptr() for t in inputs} == {x.untyped_storage().data_ptr()}
+    assert attention.to_q.lora_A["default"].weight.grad.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in parameters.values())
 
 
 def test_resume_is_bitwise_in_bf16_and_fp8(open_run):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldo.distributed import World
-from ldo.update import TrainingError, apply, warm
+from ldo.update import TrainingError, adamw, apply, warm
 
 
 def parameter(gradient):
@@ -26,6 +26,26 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad):
     with pytest.raises(TrainingError, match="not finite at step 7, clips 1 and 2"):
         apply(torch.optim.AdamW([p], lr=1.0), [p], World(), 1.0, 0.5, "step 7, clips 1 and 2")
     assert (p == 1).all()
+
+
+def test_the_optimizer_is_pytorchs_and_fused_on_a_gpu_alone():
+    found, expected = parameter([3.0, -1.0, 0.0]), parameter([3.0, -1.0, 0.0])
+    for optimizer in (adamw([found], 0.1, 0.01), torch.optim.AdamW([expected], lr=0.1, weight_decay=0.01)):
+        optimizer.step()
+        assert not optimizer.defaults["fused"]
+    assert torch.equal(found, expected) and (found != 1).any()
+
+
+@pytest.mark.gpu
+def test_the_fused_optimizer_does_the_same():
+    found, expected = (torch.nn.Parameter(p.detach().cuda()) for p in (parameter([0.0] * 3), parameter([0.0] * 3)))
+    ours, theirs = adamw([found], 0.1, 0.01), torch.optim.AdamW([expected], lr=0.1, weight_decay=0.01)
+    assert ours.defaults["fused"]
+    for gradient in ([3.0, -1.0, 0.0], [1.0, 2.0, 3.0]):
+        for p, optimizer in ((found, ours), (expected, theirs)):
+            p.grad = torch.tensor(gradient, device="cuda")
+            optimizer.step()
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_warm_up():

@@ -12,6 +12,7 @@ over (a + s)^2 = 1 / (t^2 + (1 - t)^2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class CogVideoX(Adapter):
         alpha = pipeline.scheduler.alphas_cumprod.double()
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         self._table = s / (a + s)  # t of each discrete step, rising
+        self._there: dict[tuple, Any] = {}  # tables on the device, made once: a copy would wait for the GPU at every pass
 
     def times(self, steps: int, shape: tuple[int, ...]) -> list[float]:
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
@@ -54,9 +56,14 @@ class CogVideoX(Adapter):
         t = t_B.view(-1, *[1] * (v.ndim - 1))
         return ((v - target).square() * (t.square() + (1 - t).square())).mean()
 
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._there:
+            self._there[key] = make()
+        return self._there[key]
+
     def discrete(self, t_B: Tensor) -> Tensor:
         """The discrete step nearest to each time [B]."""
-        table = self._table.to(t_B.device)
+        table = self._once(("times", t_B.device), lambda: self._table.to(t_B.device))
         above = torch.searchsorted(table, t_B.double()).clamp(1, len(table) - 1)
         return above - (t_B - table[above - 1] < table[above] - t_B).long()
 
@@ -69,7 +76,8 @@ class CogVideoX(Adapter):
         rotary = None
         if transformer.config.use_rotary_positional_embeddings:
             height, width = (n * self.geometry.space for n in x.shape[-2:])
-            rotary = self.pipeline._prepare_rotary_positional_embeddings(height, width, x.shape[2], x.device)
+            size = (height, width, x.shape[2], x.device)
+            rotary = self._once(size, lambda: self.pipeline._prepare_rotary_positional_embeddings(*size))
         out = transformer(
             hidden_states=z.transpose(1, 2).to(transformer.dtype),
             encoder_hidden_states=text.tensors["embeds"].to(transformer.dtype),

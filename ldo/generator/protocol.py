@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldo.distributed import send
 from ldo.generator.folder import Geometry
 from ldo.world_model import Tokens
 
@@ -54,7 +55,7 @@ class Text:
 
     def to(self, device: torch.device | str) -> Text:
         """The embeddings on a device."""
-        return Text({k: v.to(device) for k, v in self.tensors.items()})
+        return Text({k: send(v, torch.device(device)) for k, v in self.tensors.items()})
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:

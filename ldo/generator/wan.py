@@ -61,8 +61,9 @@ class Wan(Adapter):
         if boundary is None:
             return {"transformer": None}
         high = t_B >= boundary
-        if high.all() or not high.any():
-            return {"transformer" if high[0] else "transformer_2": None}
+        told = set(high.tolist())  # a GPU is waited for once
+        if len(told) == 1:
+            return {"transformer" if told.pop() else "transformer_2": None}
         return {"transformer": high.nonzero()[:, 0], "transformer_2": (~high).nonzero()[:, 0]}
 
     def predict(self, name: str, x: Tensor, t_B: Tensor, text: Text) -> Tensor:
