@@ -185,9 +185,9 @@ run() {
         one='rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2'
         case $1 in
         model) recipe=wan2.1-1.3b size='' ;;
-        model-long) recipe=wan2.1-1.3b size="data.frames=81 data.height=480 data.width=832 $one" ;;
+        model-long) recipe=wan2.1-1.3b size="data.frames=81 data.height=480 data.width=832 $one rl.steps=6 rl.window=2 rl.window_range=2" ;;
         model-ltx) recipe=ltx-video size='' ;;
-        model-cogvideox) recipe=cogvideox-2b size='' ;;
+        model-cogvideox) recipe=cogvideox-2b size='rl.group_size=2 rl.steps=8' ;;
         esac
         if has diffusers av; then
             bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/$recipe.yaml $size" "recipes/$recipe.yaml $size")
