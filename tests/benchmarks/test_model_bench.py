@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import models
 import pretend
@@ -23,7 +24,8 @@ def test_both_stages_of_a_family(kind, tmp_path, vjepa_folder, monkeypatch, caps
     family, _ = read_geometry(folder)
     recipe = recipes.write(tmp_path, folder, vjepa_folder, model__family=family, rl__group_size=2)
     # as a random world model scores real sizes: all alike, so an update would pass over every group
-    monkeypatch.setattr(bench_model.reinforce, "columns", lambda run, frames: torch.full((len(frames), 3), -2.0))
+    alike = lambda judge, frames, *_: SimpleNamespace(**dict.fromkeys(("reward", "skill", "plain"), torch.full((len(frames),), -2.0)))  # noqa: E731
+    monkeypatch.setattr(bench_model.reinforce.critic, "score", alike)
     snapshots = []
     monkeypatch.setattr(bench_model.reinforce, "learn", spy(bench_model.reinforce.learn, snapshots))
     out = tmp_path / "model.json"
