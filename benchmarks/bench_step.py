@@ -48,7 +48,7 @@ def parts(here: run.Run) -> dict[str, Callable[[], object]]:
     recipe, rl = here.recipe, here.recipe.rl
     clips = align.prepare(here)
     rows = torch.from_numpy(data.batch_indices(0, "bench", 0, recipe.align.batch, len(clips)))
-    noise = torch.randn((len(rows), *clips.latents.shape[1:]), generator=torch_rng(0, "bench"))
+    noise = torch.randn((len(rows), *align.latent_shape(here, clips, rows)), generator=torch_rng(0, "bench"))
     t_B = torch.full((len(rows),), 0.5)
     aligner = align.make_aligner(here)
     optimizer = torch.optim.AdamW(here.parameters.values(), lr=0.0)
