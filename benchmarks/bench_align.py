@@ -27,12 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import baselines, common, model
+from benchmarks.model import USUAL
 from ldo.ops import relation_loss
 
 CASES = ("few", "many", "squared", "framed")
 SIZES = (3600, 4096, 8192, 10240, 16384, 23040, 32768)
 WIDTHS = ((1536, 1024), (3072, 1024), (5120, 1408))
-USUAL = (1920, 1024)
 FRAMES = 16
 RANK = 8  # of the student with many active pairs
 FEW = 2.612  # standard deviations beyond which 0.9% of a normal lies
@@ -47,6 +47,17 @@ def features(case: str, b: int, n: int, d: int, generator: torch.Generator, devi
 
     x = draw(b, n, RANK) @ draw(b, RANK, d) + 0.3 * draw(b, n, d) if case == "many" else draw(b, n, d)
     return (x * (0.5 + 3 * torch.rand(b, n, 1, generator=generator, device=device))).to(dtype)
+
+
+def inputs(
+    case: str, b: int, n: int, ds: int, dt: int, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Student [B, N, Ds] and teacher [B, N, Dt] on the generator's device; of ``framed`` also frames [N] and weights [B, N] from 0.1 to 1."""
+    device = generator.device
+    x, y = features(case, b, n, ds, generator, device, dtype), features("few", b, n, dt, generator, device, dtype)
+    if case != "framed":
+        return x, y, None, None
+    return x, y, torch.arange(n, device=device) * FRAMES // n, torch.rand(b, n, generator=generator, device=device) * 0.9 + 0.1
 
 
 def options(case: str, ds: int, dt: int) -> dict:
@@ -84,11 +95,8 @@ def measure(bench: common.Bench, name: str, n: int, ds: int, dt: int, kinds: lis
     generator = torch.Generator(device).manual_seed(n + ds)
     sets = []
     for _ in range(common.rotation(b * n * (ds + dt) * dtype.itemsize, device)):
-        x, y = features(name, b, n, ds, generator, device, dtype), features("few", b, n, dt, generator, device, dtype)
-        frame = weight = None
-        if name == "framed":
-            frame = torch.arange(n, device=device) * FRAMES // n
-            weight = torch.rand(b, n, generator=generator, device=device) * 0.9 + 0.1
+        x, y, frame, weight = inputs(name, b, n, ds, dt, generator, dtype)
+        if weight is not None:
             weight[:, frame < FRAMES // 4] = 0  # observed tokens teach nothing
         sets.append((x, y, frame, weight))
     keywords = options(name, ds, dt)

@@ -25,9 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import bench_align, common, model
+from benchmarks.model import USUAL
 from ldo.kernels import support
 
-USUAL = (1920, 1024)
 PLAN = [(n, *USUAL, 0.009) for n in (4096, 8192, 10240, 16384)] + [(8192, *USUAL, 0.7), (8192, 1536, 1024, 0.009), (8192, 3072, 1024, 0.009)]
 CHECKED = 128  # rows of the product held to fp64
 
@@ -103,11 +103,7 @@ def whole(bench: common.Bench, n: int, ds: int, dt: int, kind: str) -> None:
     from ldo.kernels import relation
 
     generator = torch.Generator(bench.device).manual_seed(n + ds)
-    sets = []
-    for _ in range(2):
-        x, y = (bench_align.features("few", 1, n, width, generator, bench.device, bench.dtype) for width in (ds, dt))
-        frame = torch.arange(n, device=bench.device) * bench_align.FRAMES // n
-        sets.append((x, y, frame, torch.rand(1, n, generator=generator, device=bench.device) * 0.9 + 0.1))
+    sets = [bench_align.inputs("framed", 1, n, ds, dt, generator, bench.dtype) for _ in range(2)]
     keywords = bench_align.options("framed", ds, dt)
     work = bench_align.variants("framed", n, keywords, kind)["triton"]
     flops = model.floor_flops(n, ds, dt, kind)

@@ -18,9 +18,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import show
+from benchmarks.model import USUAL
 
 RESULTS = Path(__file__).resolve().parent / "results"
-USUAL = {"Ds": 1920, "Dt": 1024}
 SIZES = (8192, 16384, 32768)
 Row = dict[str, Any]
 
@@ -35,14 +35,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Goal:
-    """``measure`` takes the rows of all files; ``least``: the value must be at least ``must``, else at most."""
+    """``values`` takes the rows of all files and gives each comparison's value and file; ``least``: at least ``must`` is wanted, else at most."""
 
     name: str
     must: float
     stretch: float
     least: bool
     form: str
-    measure: Callable[[list[Row]], Found | None]
+    values: Callable[[list[Row]], list[tuple[float, str]]]
+
+    def measure(self, rows: list[Row]) -> Found | None:
+        """The worst comparison; None if there is none."""
+        values = self.values(rows)
+        return Found(*(min if self.least else max)(values)) if values else None
 
     def verdict(self, found: Found | None) -> str:
         """not measured, missed, met or stretch."""
@@ -74,28 +79,22 @@ def _comparisons(rows: list[Row], ours: str, **wanted: Any) -> Iterator[tuple[Ro
             yield variants[ours], variants
 
 
-def _worst(values: list[tuple[float, str]], least: bool) -> Found | None:
-    return Found(*(min if least else max)(values)) if values else None
+def against(ours: str, baseline: str, **wanted: Any) -> Callable[[list[Row]], list[tuple[float, str]]]:
+    """How many times faster than a baseline; comparisons that the baseline had no memory for are left out."""
+
+    def values(rows: list[Row]) -> list[tuple[float, str]]:
+        return [(v[baseline]["ms"] / row["ms"], row["file"]) for row, v in _comparisons(rows, ours, **wanted) if v.get(baseline, {}).get("ms")]
+
+    return values
 
 
-def against(ours: str, baseline: str, **wanted: Any) -> Callable[[list[Row]], Found | None]:
-    """How many times faster than a baseline, where it is slowest to be so; comparisons that the baseline had no memory for are left out."""
+def each(ours: str, value: Callable[[Row], float | None], **wanted: Any) -> Callable[[list[Row]], list[tuple[float, str]]]:
+    """A value of our own rows, where it is known."""
 
-    def measure(rows: list[Row]) -> Found | None:
-        pairs = [(v[baseline]["ms"] / row["ms"], row["file"]) for row, v in _comparisons(rows, ours, **wanted) if v.get(baseline, {}).get("ms")]
-        return _worst(pairs, True)
+    def values(rows: list[Row]) -> list[tuple[float, str]]:
+        return [(value(row), row["file"]) for row, _ in _comparisons(rows, ours, **wanted) if value(row) is not None]
 
-    return measure
-
-
-def largest(ours: str, value: Callable[[Row], float | None], **wanted: Any) -> Callable[[list[Row]], Found | None]:
-    """The largest value of our rows."""
-
-    def measure(rows: list[Row]) -> Found | None:
-        pairs = [(value(row), row["file"]) for row, _ in _comparisons(rows, ours, **wanted)]
-        return _worst([(v, file) for v, file in pairs if v is not None], False)
-
-    return measure
+    return values
 
 
 def _memory(row: Row) -> float:
@@ -112,39 +111,37 @@ def _error(row: Row) -> float | None:
     return row["grad_error"]
 
 
-def _least_share(rows: list[Row]) -> Found | None:
-    found = [(row["gbps"] / row["copy_gbps"], row["file"]) for row, _ in _comparisons(rows, "triton", op="residual") if row["pass"] == "fwd"]
-    return _worst(found, True)
+def _share(row: Row) -> float:
+    return row["gbps"] / row["copy_gbps"]
 
 
 RESIDUAL = {"op": "residual", "pass": "fwd+bwd"}
-BOTH = {"op": "relation", "case": "few", "pass": "fwd+bwd", "N": SIZES, **USUAL}
+BOTH = {"op": "relation", "case": "few", "pass": "fwd+bwd", "N": SIZES, "Ds": USUAL[0], "Dt": USUAL[1]}
 SQUARED = {**BOTH, "case": "squared", "N": 16384}
 MANY, ALONE = {**BOTH, "case": "many"}, {**BOTH, "pass": "fwd"}
 SMALL = {"op": "advantage", "N": (64, 4096)}
 GOALS = (
-    Goal("relation loss and gradient, 8k to 32k, over the floor", 1.5, 1.25, False, "{:.2f} F", largest("triton", _floors, **BOTH)),
+    Goal("relation loss and gradient, 8k to 32k, over the floor", 1.5, 1.25, False, "{:.2f} F", each("triton", _floors, **BOTH)),
     Goal("the same, against torch.compile", 1.5, 1.85, True, "{:.2f}x", against("triton", "compile", **BOTH)),
     Goal("the same, against eager bf16", 2.0, 2.4, True, "{:.2f}x", against("triton", "eager", **BOTH)),
     Goal("the same, against chunks with checkpointing", 3.0, 3.5, True, "{:.2f}x", against("triton", "checkpoint", **BOTH)),
     Goal("relation loss alone, against torch.compile", 1.5, 1.8, True, "{:.2f}x", against("triton", "compile", **ALONE)),
-    Goal("its extra memory over 256 MiB + 6 bytes an element", 1.0, 1.0, False, "{:.2f}", largest("triton", _memory, **BOTH)),
-    Goal("its gradient's error, few pairs active", 5e-3, 2.5e-3, False, "{:.1e}", largest("triton", _error, **BOTH)),
-    Goal("its gradient's error, many pairs active", 5e-3, 2.5e-3, False, "{:.1e}", largest("triton", _error, **MANY)),
+    Goal("its extra memory over 256 MiB + 6 bytes an element", 1.0, 1.0, False, "{:.2f}", each("triton", _memory, **BOTH)),
+    Goal("its gradient's error, few pairs active", 5e-3, 2.5e-3, False, "{:.1e}", each("triton", _error, **BOTH)),
+    Goal("its gradient's error, many pairs active", 5e-3, 2.5e-3, False, "{:.1e}", each("triton", _error, **MANY)),
     Goal("squared differences at 16k, against torch.compile", 5.0, 8.0, True, "{:.1f}x", against("triton", "compile", **SQUARED)),
-    Goal("residual alone, share of the copy rate", 0.85, 0.92, True, "{:.2f}", _least_share),
+    Goal("residual alone, share of the copy rate", 0.85, 0.92, True, "{:.2f}", each("triton", _share, **{**RESIDUAL, "pass": "fwd"})),
     Goal("residual and gradient, against torch.compile", 1.5, 1.5, True, "{:.2f}x", against("triton", "compile", **RESIDUAL)),
     Goal("residual and gradient, against eager", 3.5, 3.5, True, "{:.2f}x", against("triton", "eager", **RESIDUAL)),
-    Goal("group advantage: launches", 1, 1, False, "{:.0f}", largest("launch", lambda r: r.get("launches"), **SMALL)),
+    Goal("group advantage: launches", 1, 1, False, "{:.0f}", each("launch", lambda r: r.get("launches"), **SMALL)),
     Goal("group advantage, against eager", 5.0, 8.0, True, "{:.1f}x", against("cuda", "eager", **SMALL)),
 )
 
 
-def lines(rows: list[Row], markdown: bool) -> list[str]:
-    """The table of goals."""
+def lines(judged: list[tuple[Goal, Found | None]], markdown: bool) -> list[str]:
+    """The table of goals and what was found of each."""
     out = ["| goal | must | stretch | found | | file |", "| --- | --- | --- | --- | --- | --- |"] if markdown else []
-    for goal in GOALS:
-        found = goal.measure(rows)
+    for goal, found in judged:
         sign = ">= " if goal.least else "<= "
         cells = [goal.name, *(sign + goal.form.format(v) for v in (goal.must, goal.stretch))]
         cells += [goal.form.format(found.value) if found else "-", goal.verdict(found), found.file if found else ""]
@@ -165,8 +162,9 @@ def main() -> int:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder of results")
         rows = read(folder)
-        print(f"{folder.name}", *lines(rows, args.markdown), sep="\n")
-        missed |= any(goal.verdict(goal.measure(rows)) == "missed" for goal in GOALS)
+        judged = [(goal, goal.measure(rows)) for goal in GOALS]
+        print(folder.name, *lines(judged, args.markdown), sep="\n")
+        missed |= any(goal.verdict(found) == "missed" for goal, found in judged)
     return int(missed)
 
 

@@ -69,6 +69,12 @@ echo "$slug, commit $commit, parts:$(printf ' %s' $parts)"
 
 status=0 made=''
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(not all(u.find_spec(n) for n in sys.argv[1:]))" "$@"; }
+# models PART: are the model libraries here? If not, PART is left out.
+models() {
+    has diffusers av && return
+    echo "== $1: left out, diffusers or av is not installed"
+    return 1
+}
 # The trainer's own fixtures need the model libraries; the operations need torch alone.
 cut='--confcutdir=tests/ops'
 if has diffusers av; then cut=''; fi
@@ -168,19 +174,11 @@ run() {
         ;;
     residual) bench residual bench_residual.py $(pick '--sizes 1568 --widths 64' '' '') ;;
     advantage) bench advantage bench_advantage.py ;;
-    attention)
-        if has diffusers av; then bench attention bench_attention.py; else echo "== attention: left out, diffusers or av is not installed"; fi
-        ;;
+    attention) models attention && bench attention bench_attention.py ;;
     step)
-        if has diffusers av; then
-            bench step bench_step.py $(pick 'recipes/sandbox.yaml align.batch=4 rl.prompts=2 rl.group_size=2 rl.steps=4' '' '')
-        else
-            echo "== step: left out, diffusers or av is not installed"
-        fi
+        models step && bench step bench_step.py $(pick 'recipes/sandbox.yaml align.batch=4 rl.prompts=2 rl.group_size=2 rl.steps=4' '' '')
         ;;
-    memory)
-        if has diffusers av; then bench memory bench_memory.py; else echo "== memory: left out, diffusers or av is not installed"; fi
-        ;;
+    memory) models memory && bench memory bench_memory.py ;;
     model | model-*) # a real model's step in its published configuration, random weights
         one='rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2'
         case $1 in
@@ -189,18 +187,11 @@ run() {
         model-ltx) recipe=ltx-video size='' ;;
         model-cogvideox) recipe=cogvideox-2b size='rl.group_size=2 rl.steps=8' ;;
         esac
-        if has diffusers av; then
-            bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/$recipe.yaml $size" "recipes/$recipe.yaml $size")
-        else
-            echo "== $1: left out, diffusers or av is not installed"
-        fi
+        models "$1" && bench "$1" bench_model.py $(pick 'recipes/sandbox.yaml rl.group_size=2 align.batch=2' "recipes/$recipe.yaml $size" "recipes/$recipe.yaml $size")
         ;;
     sandbox | sandbox-end) # its training stays in runs/sandbox-further, some 21 MiB, and is what goes on elsewhere
-        if ! has diffusers av; then
-            echo "== $1: left out, diffusers or av is not installed"
-            return
-        fi
-        decay='' form=''
+        models "$1" || return
+        decay=''
         [ "$1" = sandbox ] || decay=--decay
         for form in $(pick eager 'compiled graph eager' 'compiled graph eager'); do
             further "$1" $(pick '--clips 8 --batch 2 --warmup 3 --minutes 0.3' '--minutes 2' '--minutes 5') $decay --form "$form" && break

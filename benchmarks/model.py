@@ -23,6 +23,7 @@ WORKSPACE = 256 * 2**20
 SIZES = (3600, 4096, 10240, 23040, 32768)
 STUDENTS = (1536, 1920, 3072, 5120)
 TEACHERS = (1024, 1408)
+USUAL = (1920, 1024)  # student x teacher, of most measurements
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def table(rates: Rates) -> str:
     return "\n".join([*lines, "", *split(rates)])
 
 
-def split(rates: Rates, ds: int = 1920, dt: int = 1024, sizes: Sequence[int] = (4096, 8192, 16384, 32768)) -> list[str]:
+def split(rates: Rates, ds: int = USUAL[0], dt: int = USUAL[1], sizes: Sequence[int] = (4096, 8192, 16384, 32768)) -> list[str]:
     """Ours by stage, ms, and the forward alone, which writes no G and so ends with the pairs."""
     lines = [
         f"ours by stage, ms, {ds} x {dt}",

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ldo.kernels.support import INTERPRET
+from ldo.kernels.support import INTERPRET, architecture
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ GROUP = 8  # rows of tiles that are walked together, so that X stays in L2
 
 
 def choose_cut(device: torch.device) -> Cut:
-    if device.type != "cuda":
-        return ON_CPU
-    major = torch.cuda.get_device_capability(device)[0]
-    return CUTS[{9: 90, 10: 100}.get(major, 80)]
+    return CUTS[architecture(device)] if device.type == "cuda" else ON_CPU
 
 
 def pack(g_MK: Tensor, bits: int, depth: int) -> Tensor:

@@ -27,10 +27,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import bench_align, common, stages
+from benchmarks.model import USUAL
 from ldo.kernels import relation, support
 from ldo.ops import relation_loss
 
-WIDTHS = (1920, 1024)
 KEPT = 4
 GROUPS = (4, 16)  # beside the usual
 LIMIT = 2e-3  # of the gradient's difference from the usual cut's, relative: order of sums and rounding leave less, a tile gone wrong more
@@ -77,11 +77,7 @@ class Tuner:
         generator = torch.Generator(device).manual_seed(n)
         self.n, self.widths, self.device, self.repeat = n, widths, device, repeat
         self.matmul = common.matmul_tflops(device, dtype)
-        frame = torch.arange(n, device=device) * bench_align.FRAMES // n
-        self.sets = []
-        for _ in range(2):
-            x, y = (bench_align.features("few", 1, n, width, generator, device, dtype) for width in widths)
-            self.sets.append((x, y, frame, torch.rand(1, n, generator=generator, device=device) * 0.9 + 0.1))
+        self.sets = [bench_align.inputs("framed", 1, n, *widths, generator, dtype) for _ in range(2)]
         self.margin = bench_align.options("framed", *widths)["margin"]
         self.truth: tuple[Tensor, Tensor] | None = None
 
@@ -126,7 +122,7 @@ def tell(row: dict[str, Any], config: relation.Config, note: str) -> None:
 def main() -> int:
     parser = common.arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=7, help="start no candidate later than this")
-    parser.add_argument("--widths", type=bench_align.pairs, default=[WIDTHS], metavar="DSxDT", help="student x teacher")
+    parser.add_argument("--widths", type=bench_align.pairs, default=[USUAL], metavar="DSxDT", help="student x teacher")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
@@ -140,7 +136,7 @@ def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, unt
     """All rows, in order; exit code 1 if none was measured or a cut was refused."""
     half = dtype != torch.float32
     usual = relation.choose_config(device, dtype)
-    arch = {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80) if device.type == "cuda" else None
+    arch = support.architecture(device) if device.type == "cuda" else None
     result = common.record(device) | {"dtype": args.dtype, "widths": args.widths[0], "matmul_tflops": common.matmul_tflops(device, dtype), "rows": []}
     rows, kept, left = result["rows"], [(c, relation.GROUP) for c in candidates(usual, arch, half)], []
 

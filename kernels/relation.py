@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldo.kernels import relation_pairs as device_code
-from ldo.kernels.support import EPS, HUBER, INTERPRET, written
+from ldo.kernels.support import EPS, HUBER, INTERPRET, architecture, written
 
 WORKSPACE = 256 * 2**20  # bytes of A that are held at a time
 TOKENS = 32 if INTERPRET else 4  # of a row kernel's program: a warp each
@@ -70,8 +70,7 @@ def choose_config(device: torch.device, dtype: torch.dtype) -> Config:
     """The cut for a device: a fixed one, so that all ranks of a run take the same."""
     if device.type != "cuda":
         return ON_CPU
-    major = torch.cuda.get_device_capability(device)[0]
-    return CONFIGS[{9: 90, 10: 100}.get(major, 80), dtype != torch.float32]
+    return CONFIGS[architecture(device), dtype != torch.float32]
 
 
 def relation_loss(

@@ -35,6 +35,11 @@ def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str |
     return None
 
 
+def architecture(device: torch.device) -> int:
+    """Whose cuts an NVIDIA GPU takes: 80, 90 or 100."""
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
 def written(dtype: torch.dtype) -> torch.dtype:
     """In what a kernel writes results of ``dtype``, to be cast by torch: the interpreter cuts bf16 off where it should round."""
     return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype

@@ -148,16 +148,15 @@ class _Functions(TorchFunctionMode):
             return self._move(func, args, kwargs)
         to_card = any(_is_card(v) for v in (*args, *kwargs.values()))
         to_host = not to_card and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
-        target = args[0] if args and isinstance(args[0], Tensor) else None
+        of_card = bool(args) and isinstance(args[0], Tensor) and self.marks.on_card(args[0])
         generator = kwargs.get("generator")
-        if generator is not None and not isinstance(generator, Generator) and (to_card or (target is not None and self.marks.on_card(target))):
-            raise RuntimeError(f"{func.__name__}: expected a 'cuda' device type for generator but found 'cpu'")
-        if isinstance(generator, Generator) and not to_card and not (target is not None and self.marks.on_card(target)):
-            raise RuntimeError(f"{func.__name__}: expected a 'cpu' device type for generator but found 'cuda'")
+        if generator is not None and isinstance(generator, Generator) != (to_card or of_card):
+            wanted, found = ("cuda", "cpu") if to_card or of_card else ("cpu", "cuda")
+            raise RuntimeError(f"{func.__name__}: expected a '{wanted}' device type for generator but found '{found}'")
         if to_card:
             args, kwargs = tree_map(_host, (args, kwargs))
-        elif to_host and target is not None and self.marks.on_card(target):  # zeros_like(x, device="cpu"): nothing of x's place
-            args = (self.marks.moved(target.detach(), False), *args[1:])
+        elif to_host and of_card:  # zeros_like(x, device="cpu"): nothing of x's place
+            args = (self.marks.moved(args[0].detach(), False), *args[1:])
         outer, self.marks.ambient = self.marks.ambient, not to_host and any(map(self.marks.on_card, _tensors((args, kwargs))))
         try:
             if func in BACKWARD:  # Python code runs in there, and must be watched

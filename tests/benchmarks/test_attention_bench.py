@@ -51,12 +51,6 @@ NAMES = {
 CUDNN = [name for name, told in NAMES.items() if told and told[0] == "cuDNN"]
 
 
-@pytest.fixture(autouse=True)
-def limits(monkeypatch):
-    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
-    monkeypatch.setattr(common, "copy_gbps", lambda *_: 10.0)
-
-
 def test_the_layers_are_those_of_the_published_models():
     found = {(x.name, x.n): (x.b, x.h, x.m, x.d) for x in bench_attention.layers("cuda")}
     assert found == {

@@ -18,12 +18,6 @@ KEYS = {"device", "versions", "commit", "date", "matmul_tflops", "copy_gbps", "r
 ROW = {"op", "variant", "pass", "shape", "dtype", "ms", "floor_ms", "extra_mib", "grad_error"}
 
 
-@pytest.fixture(autouse=True)
-def limits(monkeypatch):
-    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
-    monkeypatch.setattr(common, "copy_gbps", lambda *_: 10.0)
-
-
 def bench(*flags):
     return common.Bench(common.arguments("Doc.").parse_args(["--device", "cpu", "--quick", *flags]))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import recipes
-from benchmarks import bench_model, common, profiled, show
+from benchmarks import bench_model, profiled, show
 from ldo import lora, meta
 from ldo.generator import published
 from ldo.generator.folder import read_geometry
@@ -19,7 +19,6 @@ from ldo.ops import relation, residual
 
 @pytest.mark.parametrize("kind", ["wan", "ltx", "cogvideox-2b"])
 def test_both_stages_of_a_family(kind, tmp_path, vjepa_folder, monkeypatch, capsys):
-    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
     folder = models.FAMILIES[kind](tmp_path / "model")
     family, _ = read_geometry(folder)
     recipe = recipes.write(tmp_path, folder, vjepa_folder, model__family=family, rl__group_size=2)
@@ -63,7 +62,6 @@ def test_a_random_text_has_the_width_and_length_of_the_published_model(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ltx", "cogvideox-2b"])
 def test_a_family_keeps_to_one_device_on_a_pretended_gpu(kind, tmp_path, vjepa_folder, monkeypatch):
-    monkeypatch.setattr(common, "matmul_tflops", lambda *_: 0.1)
     monkeypatch.setattr(bench_model.Meter, "operations", lambda *_: None)  # the counter hides operations from the pretence
     monkeypatch.setattr(profiled, "ran", lambda work, device: (work(), {})[1])  # a profiler sees only real ones
     for op in (relation, residual):  # interpreted Triton kernels add nothing here

@@ -25,9 +25,7 @@ PARTS = ("vae", "thresholds", "encoder", "predictor", "base", "save")
 def save(work: Path, generator: Path, world_model: Path) -> None:
     """Write both models in half precision, as ``from_pretrained`` reads them."""
     pipeline = base.pipeline(work, vae.load(work))
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
-        part.half()
-    pipeline.save_pretrained(generator)
+    base.save_half(pipeline, generator)
     world.load(work).half().save_pretrained(world_model)
     size = sum(f.stat().st_size for folder in (generator, world_model) for f in folder.rglob("*") if f.is_file())
     print(f"saved {generator} and {world_model}, {size / 2**20:.1f} MiB")

@@ -160,3 +160,10 @@ def pipeline(work: Path, vae: AutoencoderKLWan) -> WanPipeline:
         parts[name].load_state_dict(state[f"average_{name}"])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT)
     return WanPipeline(tokenizer=words, text_encoder=parts["text"].eval(), vae=vae, scheduler=scheduler, transformer=parts["transformer"].eval())
+
+
+def save_half(pipeline: WanPipeline, folder: Path) -> None:
+    """A pipeline in half precision, as it ships."""
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        part.half()
+    pipeline.save_pretrained(folder)

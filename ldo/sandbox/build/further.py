@@ -38,7 +38,7 @@ from ldo.flow import noisy, training_times
 from ldo.generator import Generator, Options
 from ldo.rng import torch_rng
 from ldo.run import quiet
-from ldo.sandbox.build.base import FINE_SHIFT, LENGTH, block_matrices, encode
+from ldo.sandbox.build.base import FINE_SHIFT, LENGTH, block_matrices, encode, save_half
 from ldo.sandbox.build.pool import pool
 from ldo.sandbox.build.stacked import Stacked, set_rates, stacked, update
 from ldo.sandbox.dataset import GENERATOR
@@ -313,9 +313,7 @@ def write(work: Path, start: Path, folder: Path) -> None:
         raise RecipeError(f"{work} holds no training; name the --work of one")
     pipeline = load(start).pipeline
     pipeline.transformer.load_state_dict(load_file(work / f"average-{found[0].step}.safetensors"))
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
-        part.half()
-    pipeline.save_pretrained(folder)
+    save_half(pipeline, folder)
 
 
 def main() -> int:
