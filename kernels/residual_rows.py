@@ -154,7 +154,6 @@ def row_residuals(
         a = a * z_rstd[:, None]
         b = b * h_rstd[:, None]
         d = a - b
-        t = _slope(d, METRIC)
         if METRIC == "l1":
             size = tl.abs(d)
         else:
@@ -162,15 +161,19 @@ def row_residuals(
         if statistics is None:
             tl.store(residual + rows, tl.sum(size, 1) / D, mask=here)
         else:
-            size_sum, t_sum, ta_sum = _sums3(size, t, t * a, TOGETHER)
-            tl.store(residual + rows, size_sum / D, mask=here)
             kept = statistics + rows * K
             tl.store(kept, z_mean, mask=here)
             tl.store(kept + 1, z_rstd, mask=here)
             tl.store(kept + 2, h_mean, mask=here)
             tl.store(kept + 3, h_rstd, mask=here)
-            tl.store(kept + 4, t_sum / D, mask=here)  # the last two are for NORM_Z
-            tl.store(kept + 5, ta_sum / D, mask=here)
+            if NORM_Z:
+                t = _slope(d, METRIC)
+                size_sum, t_sum, ta_sum = _sums3(size, t, t * a, TOGETHER)
+                tl.store(residual + rows, size_sum / D, mask=here)
+                tl.store(kept + 4, t_sum / D, mask=here)
+                tl.store(kept + 5, ta_sum / D, mask=here)
+            else:
+                tl.store(residual + rows, tl.sum(size, 1) / D, mask=here)
 
 
 @triton.jit(do_not_specialize=["M", "S", "steps"])
@@ -214,8 +217,9 @@ def row_gradients(
         z_rstd = tl.load(kept + 1, mask=here, other=0.0)
         h_mean = tl.load(kept + 2, mask=here, other=0.0)
         h_rstd = tl.load(kept + 3, mask=here, other=0.0)
-        t_mean = tl.load(kept + 4, mask=here, other=0.0)
-        ta_mean = tl.load(kept + 5, mask=here, other=0.0)
+        if NORM_Z:
+            t_mean = tl.load(kept + 4, mask=here, other=0.0)
+            ta_mean = tl.load(kept + 5, mask=here, other=0.0)
     if weight is not None:
         w = tl.load(weight + rows, mask=here, other=0.0)
 
@@ -249,16 +253,24 @@ def row_gradients(
 # ---------------------------------------------------------------------------------------------------- launches
 
 
-def tile(features: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: about 16 elements of each input a thread."""
+def tile(features: int, alone: bool, interpreted: bool = INTERPRET) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps; ``alone``: the forward without statistics for a gradient.
+
+    A warp holds whole rows, up to 1024 elements of each input: sums then stay within it and wait for no other warp. On
+    an H200 that is worth a third of the forward's time (docs/kernels.md), and short rows fare better two to a warp.
+    """
     columns = max(triton.next_power_of_2(features), 16)
-    return min(max(2048 // columns, 1), 8), columns, min(max(columns // 512, 4), 32)
+    warps = min(max(columns // 1024, 1), 16)
+    if interpreted:
+        return 8, columns, warps  # few programs: each runs as Python
+    rows = (2048 if alone and warps == 1 else 1024) // columns
+    return min(max(rows, 1), 4), columns, warps
 
 
 def launch_rows(z, h, row, statistics, metric, normalize_predicted, normalize_target) -> None:
     """``row_residuals`` on inputs of unit stride in the features; ``statistics`` None: no gradient will be asked for."""
     rows, features = z.shape
-    block_m, block_d, warps = tile(features)
+    block_m, block_d, warps = tile(features, statistics is None)
     row_residuals[(triton.cdiv(rows, block_m),)](
         z, h, row, statistics, rows, z.stride(0), h.stride(0), features,
         metric, normalize_predicted, normalize_target, K[metric], not INTERPRET, block_m, block_d, num_warps=warps, **OPTIONS,
@@ -269,7 +281,7 @@ def launch_gradients(upstream, z, h, weight, statistics, total, offsets, gradien
     """``row_gradients``; ``offsets`` may be empty where there is one segment, or one for each row."""
     rows, features = z.shape
     segments = len(upstream)
-    block_m, block_d, warps = tile(features)
+    block_m, block_d, warps = tile(features, False)
     row_gradients[(triton.cdiv(rows, block_m),)](
         upstream, z, h, weight, statistics, total, offsets, gradient, rows, segments, (segments - 1).bit_length(),
         z.stride(0), h.stride(0), gradient.stride(0), features,
