@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ldo.kernels import relation
+from ldo.kernels import relation, relation_plan, support
 
 KERNELS = {
     "prepare_kernel": "before",
-    "class_sums_kernel": "before",
-    "factor_kernel": "before",
     "pair_kernel": "pairs",
     "loss_kernel": "after",
     "project_kernel": "after",
@@ -36,16 +35,6 @@ class Split:
     usage: dict[str, int]
 
 
-class _Wrapped:
-    """A Triton kernel of which every launch is marked."""
-
-    def __init__(self, kernel: Any, mark: Callable[..., Any]):
-        self.kernel, self.mark = kernel, mark
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return self.mark(self.kernel[grid])
-
-
 def split(work: Callable[..., Any], inputs: Sequence[tuple], device: torch.device, repeat: int) -> Split:
     """Run ``work``, which holds the relation loss, ``repeat`` times on ``inputs`` in turn after one call each that is not counted."""
     calls: list[list[tuple[str, Any, Any]]] = []
@@ -58,18 +47,12 @@ def split(work: Callable[..., Any], inputs: Sequence[tuple], device: torch.devic
         event.record()
         return event
 
-    def marked(stage: str) -> Callable[..., Any]:
-        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*arguments: Any, **keywords: Any) -> Any:
-                start = now()
-                compiled[stage] = function(*arguments, **keywords)
-                calls[-1].append((stage, start, now()))
+    def marked(stage: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        start = now()
+        function(*arguments, **keywords)
+        calls[-1].append((stage, start, now()))
 
-            return run
-
-        return wrap
-
-    with _patched(marked):
+    with _patched(marked, compiled):
         for k in range(len(inputs) + repeat):
             calls.append([])
             work(*inputs[k % len(inputs)])
@@ -88,21 +71,22 @@ def split(work: Callable[..., Any], inputs: Sequence[tuple], device: torch.devic
 
 
 @contextmanager
-def _patched(marked: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-    code = relation.device_code
-    kernels, product = {name: getattr(code, name) for name in KERNELS}, relation._add_product
-    for name, stage in KERNELS.items():
-        setattr(code, name, _Wrapped(kernels[name], marked(stage)))
-    relation._add_product = marked("product")(product)
+def _patched(marked: Callable[..., None], compiled: dict[str, Any]) -> Iterator[None]:
+    """Every launch and product goes through ``marked``; ``compiled`` gets what Triton tells of a stage's kernel."""
+    launch, product = support.Launch.__call__, relation._add_product
+
+    def launched(self: support.Launch, *arguments: Any) -> None:
+        marked(KERNELS[self.name], partial(launch, self), *arguments)
+        compiled[KERNELS[self.name]] = self.compiled
+
+    support.Launch.__call__, relation._add_product = launched, partial(marked, "product", product)
     try:
         yield
     finally:
-        relation._add_product = product
-        for name, kernel in kernels.items():
-            setattr(code, name, kernel)
+        support.Launch.__call__, relation._add_product = launch, product
 
 
-def pair_flops(n: int, ds: int, dt: int, config: relation.Config, b: int = 1) -> float:
+def pair_flops(n: int, ds: int, dt: int, config: relation_plan.Config, b: int = 1) -> float:
     """What the pair kernel's tiles multiply, the diagonal's squares whole: the forward's floor by symmetry and some 3% at 8k."""
-    squares = -(-n // config.super)
-    return b * squares * (squares + 1) / 2 * config.super**2 * 2 * (ds + dt)
+    squares = -(-n // config.square)
+    return b * squares * (squares + 1) / 2 * config.square**2 * 2 * (ds + dt)

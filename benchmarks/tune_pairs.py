@@ -1,11 +1,11 @@
-"""Which cut of the relation loss's pair kernel is fastest on this GPU: each candidate checked and timed, none chosen for you.
+"""Which configuration of the relation loss's pair kernel is fastest on this GPU: each candidate checked and timed, none chosen for you.
 
     python benchmarks/tune_pairs.py [--minutes 7] [--sizes 8192,16384] [--dtype bf16] [--out FILE.json]
 
-The kernel's configurations are fixed per kind of GPU (``kernels/relation.py``), so that all ranks of a run take the same.
+The kernel's configurations are fixed per kind of GPU (``kernels/relation_plan.py``), so that all ranks of a run take the same.
 This is how one finds better ones. All candidates are tried at the first size, the most promising first, the best ``KEPT`` at
 the others, and the winner with other groups of tiles; what no time is left for is named. A candidate that does not compile
-or fit says so and is passed over, and one whose loss or gradient is not the usual cut's is refused. The file is written after
+or fit says so and is passed over, and one whose loss or gradient is not the usual configuration's is refused. The file is written after
 every row. Without a GPU, TRITON_INTERPRET=1 tries the script itself.
 """
 
@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout 
 
 from benchmarks import bench_align, common, stages
 from benchmarks.model import USUAL
-from ldo.kernels import relation, support
+from ldo.kernels import relation_plan, support
 from ldo.ops import relation_loss
 
 KEPT = 4
 GROUPS = (4, 16)  # beside the usual
-LIMIT = 2e-3  # of the gradient's difference from the usual cut's, relative: order of sums and rounding leave less, a tile gone wrong more
+LIMIT = 2e-3  # of the gradient's difference from the usual configuration's, relative: order of sums and rounding leave less, a tile gone wrong more
 
 # rows, cols, depth, slices, warps, stages, and most registers; docs/kernels.md says what the compiler makes of those for sm_90.
 PROMISING = {
@@ -58,20 +58,20 @@ PROMISING = {
 TINY = [(32, 64, 32, 4, 4, 1), (32, 32, 16, 2, 4, 1), (64, 32, 16, 1, 4, 1)]
 
 
-def candidates(usual: relation.Config, arch: int | None, half: bool) -> list[relation.Config]:
-    """The usual cut, then the others in order of promise, each once. ``arch`` None: small ones for the interpreter."""
-    cuts = TINY if arch is None else PROMISING[arch, half]
-    return list(dict.fromkeys([usual, *(relation.Config(*cut[:6], usual.bulk, *cut[6:]) for cut in cuts)]))
+def candidates(usual: relation_plan.Config, arch: int | None, half: bool) -> list[relation_plan.Config]:
+    """The usual configuration, then the others in order of promise, each once. ``arch`` None: small ones for the interpreter."""
+    found = TINY if arch is None else PROMISING[arch, half]
+    return list(dict.fromkeys([usual, *(relation_plan.Config(*c[:6], usual.use_tma, *c[6:]) for c in found)]))
 
 
-def label(c: relation.Config) -> str:
+def label(c: relation_plan.Config) -> str:
     return f"{c.rows}x{c.cols}x{c.depth}, {c.slices} slices, {c.warps} warps, {c.stages} stages" + (
         f", {c.registers} registers" if c.registers else ""
     )
 
 
 class Tuner:
-    """Sets of inputs of one size, what the usual cut makes of them, and a clock that all share."""
+    """Sets of inputs of one size, what the usual configuration makes of them, and a clock that all share."""
 
     def __init__(self, n: int, widths: Sequence[int], device: torch.device, dtype: torch.dtype, repeat: int):
         generator = torch.Generator(device).manual_seed(n)
@@ -85,17 +85,18 @@ class Tuner:
         return relation_loss(x, y, frame_N=frame, weight_BN=weight, margin=self.margin, impl="triton")
 
     def difference(self) -> float:
-        """Of loss and gradient from the first cut's, relative, the larger of the two; 0 for the first."""
+        """Of loss and gradient from the first configuration's, relative, the larger of the two; 0 for the first."""
         x = self.sets[0][0].detach().requires_grad_()
         loss = self.loss(x, *self.sets[0][1:])
         found = loss.detach().double(), torch.autograd.grad(loss, x)[0].double()
         self.truth = self.truth or found
         return max(float((a - b).norm() / b.norm()) for a, b in zip(found, self.truth, strict=True))
 
-    def row(self, config: relation.Config, group: int) -> dict[str, Any]:
-        """Times of one cut, ms; ``difference`` alone if it is not to be trusted (a NaN is not either)."""
-        relation.choose_config, relation.GROUP = (lambda *_: config), group
-        relation.tile_table.cache_clear()
+    def row(self, config: relation_plan.Config, group: int) -> dict[str, Any]:
+        """Times of one configuration, ms; ``difference`` alone if it is not to be trusted (a NaN is not either)."""
+        relation_plan.choose_config, relation_plan.GROUP = (lambda *_: config), group
+        relation_plan.tile_table.cache_clear()
+        relation_plan.plan.cache_clear()
         row = {"N": self.n, "config": dataclasses.asdict(config), "group": group, "difference": self.difference()}
         if not row["difference"] <= LIMIT:
             return row
@@ -109,7 +110,7 @@ class Tuner:
         return row | {"pair_ms": found.ms["pairs"], "pair_tflops": rate, "pair_share": rate / self.matmul, **found.usage}
 
 
-def tell(row: dict[str, Any], config: relation.Config, note: str) -> None:
+def tell(row: dict[str, Any], config: relation_plan.Config, note: str) -> None:
     start = f"{row['N']:6} {label(config):58} group {row['group']:2}"
     if "fwd_bwd_ms" not in row:
         print(f"{start} REFUSED: differs by {row['difference']:.1e}", flush=True)
@@ -133,14 +134,14 @@ def main() -> int:
 
 
 def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, until: float) -> int:
-    """All rows, in order; exit code 1 if none was measured or a cut was refused."""
+    """All rows, in order; exit code 1 if none was measured or a configuration was refused."""
     half = dtype != torch.float32
-    usual = relation.choose_config(device, dtype)
+    usual = relation_plan.choose_config(device, dtype)
     arch = support.architecture(device) if device.type == "cuda" else None
     result = common.record(device) | {"dtype": args.dtype, "widths": args.widths[0], "matmul_tflops": common.matmul_tflops(device, dtype), "rows": []}
-    rows, kept, left = result["rows"], [(c, relation.GROUP) for c in candidates(usual, arch, half)], []
+    rows, kept, left = result["rows"], [(c, relation_plan.GROUP) for c in candidates(usual, arch, half)], []
 
-    def attempt(tuner: Tuner, config: relation.Config, group: int) -> None:
+    def attempt(tuner: Tuner, config: relation_plan.Config, group: int) -> None:
         if time.monotonic() > until:
             left.append(f"{tuner.n}: {label(config)}, group {group}")
             return
@@ -167,19 +168,19 @@ def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, unt
             attempt(tuner, config, group)
         if groups and best(n):
             for group in groups:
-                attempt(tuner, relation.Config(**best(n)[0]["config"]), group)
+                attempt(tuner, relation_plan.Config(**best(n)[0]["config"]), group)
             groups = ()
-        at_first = [(relation.Config(**r["config"]), r["group"]) for r in best(sizes[0])[:KEPT]]
+        at_first = [(relation_plan.Config(**r["config"]), r["group"]) for r in best(sizes[0])[:KEPT]]
         tried = list(dict.fromkeys([kept[0], *at_first]))  # the usual one first: the others are held to it
     for line in left:
         print(f"no time left for {line}")
     for n in sizes:
         if best(n):
             winner = best(n)[0]
-            c = relation.Config(**winner["config"])
+            c = relation_plan.Config(**winner["config"])
             limit = f", {c.registers}" if c.registers else ""
-            cut = f"({arch}, {half}): Config({c.rows}, {c.cols}, {c.depth}, {c.slices}, {c.warps}, {c.stages}, {c.bulk}{limit}),"
-            print(f"best at {n}: {winner['fwd_bwd_ms']:.3f} ms; for kernels/relation.py: {cut}  GROUP = {winner['group']}")
+            line = f"({arch}, {half}): Config({c.rows}, {c.cols}, {c.depth}, {c.slices}, {c.warps}, {c.stages}, {c.use_tma}{limit}),"
+            print(f"best at {n}: {winner['fwd_bwd_ms']:.3f} ms; for kernels/relation_plan.py: {line}  GROUP = {winner['group']}")
     return int(not rows or any("fwd_bwd_ms" not in r for r in rows))
 
 

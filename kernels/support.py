@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,31 @@ def csr(op: str, offsets: Tensor, rows: int) -> Tensor:
     if offsets[0] != 0 or offsets[-1] != rows or bool((offsets[1:] <= offsets[:-1]).any()):
         raise ValueError(f"{op}: segments must rise strictly from 0 to {rows}, got {offsets.tolist()[:8]}")
     return offsets
+
+
+class Launch:
+    """A Triton kernel on a grid, with its options: the first call compiles it, later ones go straight to the driver.
+
+    Arguments are all of the kernel's, constants included, in order. Whatever Triton would specialise on (types, None,
+    constants, divisibility of integers and addresses by 16) must be the same at every call; who keeps a Launch keeps
+    it for one shape, and passes addresses that are multiples of 16. It saves half of what a launch costs the host.
+    """
+
+    def __init__(self, kernel: Any, *grid: int, **options: Any):
+        self.kernel, self.options = kernel, options
+        self.grid = (*grid, 1, 1)[:3]
+        self.compiled: Any = None  # Triton's own account of the kernel: registers, shared memory
+        self._ready: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._ready is not None:
+            self._ready(*arguments)
+            return
+        self.compiled = self.kernel[self.grid](*arguments, **self.options)
+        if not INTERPRET:  # the interpreter compiles nothing
+            self._ready = self.compiled[self.grid]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.fn.__name__

@@ -1,6 +1,5 @@
 """The split of the relation loss, the product's benchmark and the tuner: dry runs on the CPU, and what they must refuse."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_product, common, model, stages, tune_pairs
-from ldo.kernels import relation
+from ldo.kernels import relation, relation_plan, support
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the scripts themselves")
@@ -19,7 +18,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs th
 def untimed(monkeypatch):
     monkeypatch.setattr(common, "seconds", lambda work, *_: [work() is None or 1.0])
     for name in ("choose_config", "GROUP"):  # the tuner sets them
-        monkeypatch.setattr(relation, name, getattr(relation, name))
+        monkeypatch.setattr(relation_plan, name, getattr(relation_plan, name))
+    yield
+    relation_plan.plan.cache_clear()
+    relation_plan.tile_table.cache_clear()
 
 
 def run(script, monkeypatch, tmp_path, *flags):
@@ -29,7 +31,7 @@ def run(script, monkeypatch, tmp_path, *flags):
 
 
 def test_split_covers_the_operation_and_leaves_it_as_it_was():
-    before = {name: getattr(relation.device_code, name) for name in stages.KERNELS}, relation._add_product
+    before = support.Launch.__call__, relation._add_product
     x, y = torch.randn(1, 40, 16), torch.randn(1, 40, 12)
     loss = lambda x: relation.relation_loss(x, y, None, None, margin=0.1, penalty="hinge", spatial=1.0, temporal=0.0)  # noqa: E731
     work = common.passes(loss, "fwd+bwd")
@@ -38,17 +40,17 @@ def test_split_covers_the_operation_and_leaves_it_as_it_was():
     found = stages.split(lambda x: results.append(work(x)), [(x,)], CPU, 2)
     assert len(results) == 3 and all(torch.equal(r, expected) for r in results)
     assert set(found.ms) == set(stages.STAGES) and all(ms > 0 for ms in found.ms.values()) and found.usage == {}
-    assert ({name: getattr(relation.device_code, name) for name in stages.KERNELS}, relation._add_product) == before
+    assert (support.Launch.__call__, relation._add_product) == before
     forward = stages.split(common.passes(loss, "fwd"), [(x,)], CPU, 1).ms
     assert forward["product"] == 0 < forward["pairs"]
 
 
 @pytest.mark.parametrize("n", [64, 97, 700])
 def test_pair_flops_are_those_of_the_tiles(n):
-    c = relation.ON_CPU
-    tiles = relation.tile_table(n, 0, n, c.rows, c.cols, CPU)
-    squares = len({(r // c.super, q // c.super) for r, q in tiles.tolist()})
-    assert stages.pair_flops(n, 40, 24, c) == squares * c.super**2 * 2 * (40 + 24)
+    c = relation_plan.ON_CPU
+    tiles = relation_plan.tile_table(n, 0, n, c.rows, c.cols, CPU)
+    squares = len({(r // c.square, q // c.square) for r, q in tiles.tolist()})
+    assert stages.pair_flops(n, 40, 24, c) == squares * c.square**2 * 2 * (40 + 24)
     assert stages.pair_flops(n, 40, 24, c) >= model.floor_flops(n, 40, 24, "fwd")
 
 
@@ -70,7 +72,7 @@ def test_product_runs_small(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("arch", "half"), tune_pairs.PROMISING)
 def test_candidates_are_distinct_and_the_usual_one_leads(arch, half):
-    usual = relation.CONFIGS[arch, half]
+    usual = relation_plan.CONFIGS[arch, half]
     found = tune_pairs.candidates(usual, arch, half)
     assert found[0] == usual and len(set(found)) == len(found) == len({usual, *found}) and len(found) > 3
     element = 2 if half else 4
@@ -92,22 +94,23 @@ def test_tuner_runs_small_and_keeps_its_rows(monkeypatch, tmp_path, capsys):
     assert rows[0]["difference"] == 0 and 1 <= len(rows) - len(first) <= tune_pairs.KEPT + 1
 
 
-def test_tuner_refuses_a_cut_that_is_wrong(monkeypatch, tmp_path, capsys):
+def test_tuner_refuses_a_configuration_that_is_wrong(monkeypatch, tmp_path, capsys):
     """One that leaves out a tile, however fast."""
     monkeypatch.setattr(tune_pairs, "TINY", tune_pairs.TINY[:2])
     monkeypatch.setattr(tune_pairs, "GROUPS", ())
-    launch, wrong = relation._Pairs._launch, tune_pairs.TINY[1]
+    table, wrong = relation_plan.tile_table, tune_pairs.TINY[1]
 
-    def careless(self, table, partial, *rest):
-        short = dataclasses.astuple(self.config)[:6] == wrong
-        if short:
-            partial.zero_()
-        launch(self, table[1:] if short else table, partial, *rest)
+    def careless(n, p0, p1, rows, cols, device):
+        found = table(n, p0, p1, rows, cols, device)
+        return torch.cat([found[1:2], found[1:]]) if (rows, cols) == wrong[:2] else found
 
-    monkeypatch.setattr(relation._Pairs, "_launch", careless)
+    careless.cache_clear = table.cache_clear
+    monkeypatch.setattr(relation_plan, "tile_table", careless)
     code, rows = run(tune_pairs, monkeypatch, tmp_path, "--sizes", "65", "--widths", "16x12")
     printed = capsys.readouterr().out
-    assert code == 1 and "REFUSED" in printed and "fwd_bwd_ms" not in rows[1] and f"Config({', '.join(map(str, tune_pairs.TINY[0]))}" in printed
+    assert code == 1 and "REFUSED" in printed and "fwd_bwd_ms" not in rows[1]
+    assert f"Config({', '.join(map(str, tune_pairs.TINY[0]))}" in printed
+    monkeypatch.undo()
 
 
 def test_tuner_stops_when_time_is_up(monkeypatch, tmp_path, capsys):

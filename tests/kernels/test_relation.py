@@ -7,13 +7,13 @@ import pytest
 import relations
 import torch
 
-from ldo.kernels import relation, support
+from ldo.kernels import relation, relation_plan, support
 from ldo.ops import relation_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOAL = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # relative error of a gradient in that precision
 SHAPES = [(1, 1, 8, 8), (2, 97, 40, 24), (1, 130, 33, 7), (3, 252, 64, 65), (1, 507, 16, 48)]  # B, N, D, E
-POINTERS = dataclasses.replace(relation.ON_CPU, bulk=False, slices=1)
+POINTERS = dataclasses.replace(relation_plan.ON_CPU, use_tma=False, slices=1)
 
 
 def inputs(*shape, dtype=torch.float32, options=True, **keywords):
@@ -31,16 +31,31 @@ def fused(student, teacher, upstream=1.0, **options):
     return relations.loss_and_gradient(student, teacher, upstream, impl="triton", **options)
 
 
-@pytest.fixture(params=["bulk", "pointers"])
-def cut(request, monkeypatch):
+@pytest.fixture(params=["tma", "pointers"])
+def loading(request, monkeypatch):
     """Both ways of loading, whatever the device."""
-    config = {"bulk": relation.ON_CPU, "pointers": POINTERS}[request.param]
+    config = {"tma": relation_plan.ON_CPU, "pointers": POINTERS}[request.param]
     if DEVICE.type == "cuda":
         major = torch.cuda.get_device_capability()[0]
-        if request.param == "bulk" and major < 9:
-            pytest.skip("no bulk copies before sm_90")
-        config = relation.CONFIGS[{"bulk": min(major * 10, 100), "pointers": 80}[request.param], True]
-    monkeypatch.setattr(relation, "choose_config", lambda device, dtype: config)
+        if request.param == "tma" and major < 9:
+            pytest.skip("no TMA before sm_90")
+        config = relation_plan.CONFIGS[{"tma": min(major * 10, 100), "pointers": 80}[request.param], True]
+    monkeypatch.setattr(relation_plan, "choose_config", lambda device, dtype: config)
+    relation_plan.plan.cache_clear()
+    yield
+    relation_plan.plan.cache_clear()
+
+
+def recorded(monkeypatch):
+    """Arguments of every launch from here on, by kernel."""
+    launched, launch = {}, support.Launch.__call__
+
+    def record(self, *arguments):
+        launched.setdefault(self.kernel.fn.__name__, []).append(arguments)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(support.Launch, "__call__", record)
+    return launched
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,7 +78,7 @@ def test_no_worse_than_plain_arithmetic_in_the_same_precision(shape, options, dt
 @pytest.mark.parametrize("penalty", ["hinge", "squared", "huber"])
 @pytest.mark.parametrize("margin", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("loading")
 def test_every_penalty(penalty, margin, dtype):
     student, teacher, named = inputs(2, 97, 40, 24, dtype=dtype)
     options = {**named, "penalty": penalty, "margin": margin, "spatial": 0.8, "temporal": 0.3}
@@ -99,7 +114,7 @@ def test_few_active_pairs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("loading")
 def test_panels_and_clips_apart_give_the_same(monkeypatch, dtype):
     """A workspace of one square's rows makes as many panels as there can be."""
     student, teacher, named = inputs(2, 330, 40, 24, dtype=dtype)
@@ -116,11 +131,11 @@ def test_panels_and_clips_apart_give_the_same(monkeypatch, dtype):
     ("clips", "n", "elements", "step"), [(1, 97, 10**6, 64), (5, 97, 30_000, 64), (2, 700, 100_000, 64), (1, 23_040, 2**27, 256)]
 )
 def test_plan_keeps_to_the_workspace(clips, n, elements, step):
-    panels, together = relation.plan(clips, n, elements, step)
-    assert panels[0][0] == 0 and panels[-1][1] == n and all(a[1] == b[0] for a, b in pairwise(panels))
-    for p0, p1 in panels:
+    found, together = relation_plan.panels(clips, n, elements, step)
+    assert found[0][0] == 0 and found[-1][1] == n and all(a[1] == b[0] for a, b in pairwise(found))
+    for p0, p1 in found:
         assert p0 % step == 0
-        assert together * (p1 - p0) * relation._aligned(n - p0) <= elements or p1 - p0 <= step
+        assert together * (p1 - p0) * relation_plan.aligned(n - p0) <= elements or p1 - p0 <= step
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 511])
@@ -133,7 +148,7 @@ def test_tiles_cover_every_pair_once(n, rows, cols, panel):
     for p0 in range(0, n, panel):
         p1 = min(p0 + panel, n)
         written = torch.zeros(n, n, dtype=torch.int)
-        for row, col in relation.tile_table(n, p0, p1, rows, cols, torch.device("cpu")).tolist():
+        for row, col in relation_plan.tile_table(n, p0, p1, rows, cols, torch.device("cpu")).tolist():
             seen[row : row + rows, col : col + cols] += 1
             written[row : row + rows, col : col + cols] += 1
             if row // side != col // side and col < p1:
@@ -143,13 +158,33 @@ def test_tiles_cover_every_pair_once(n, rows, cols, panel):
     assert torch.equal(seen, (square[:, None] <= square[None, :]).int())
 
 
+@pytest.mark.usefixtures("loading")
+def test_pairs_of_tokens_without_weight_are_left_out_exactly(monkeypatch):
+    """Tiles between observed tokens, and only those, multiply nothing; the result is the same to the bit."""
+    student, teacher, named = inputs(2, 252, 40, 24)
+    named["weight_BN"][0, :130] = 0
+    named["weight_BN"][1, 60:200] = 0
+    loss, slope = truth(student, teacher, **named)
+    found, gradient = fused(student, teacher, **named)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(gradient, slope) <= 1e-5
+    with monkeypatch.context() as patch:
+        launched = recorded(patch)
+        fused(student, teacher, **named)
+    observed = launched["prepare_kernel"][0][10]
+    if observed is not None:  # where pairs are left out at all
+        assert 0 < observed.sum() < observed.numel()
+    make = relation_plan.Plan._scratch
+    monkeypatch.setattr(relation_plan.Plan, "_scratch", lambda self: setattr(self, "skips", False) or make(self))
+    relation_plan.plan.cache_clear()
+    again, same = fused(student, teacher, **named)
+    assert torch.equal(found, again) and torch.equal(gradient, same)
+
+
 def test_without_gradient_no_matrix_is_made(monkeypatch):
     student, teacher, named = inputs(2, 130, 40, 24)
     written = []
-    launch = relation._Pairs._launch
-    monkeypatch.setattr(
-        relation._Pairs, "_launch", lambda self, table, partial, a, *rest: written.append(a) or launch(self, table, partial, a, *rest)
-    )
+    outputs = relation_plan.Plan.outputs
+    monkeypatch.setattr(relation_plan.Plan, "outputs", lambda self, a: written.append(a) or outputs(self, a))
     with_gradient, _ = fused(student, teacher, **named)
     assert written[-1] is not None
     written.clear()
@@ -260,8 +295,8 @@ def test_class_without_weight_contributes_nothing():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's wrap-around")
-@pytest.mark.parametrize("config", [relation.ON_CPU, POINTERS], ids=["bulk", "pointers"])
-def test_offsets_past_two_to_the_31(config):
+@pytest.mark.parametrize("config", [relation_plan.ON_CPU, POINTERS], ids=["tma", "pointers"])
+def test_offsets_past_two_to_the_31(config, monkeypatch):
     """The last of many clips: its elements lie past 2^31, where 32-bit offsets wrap. Only that clip's memory is touched."""
     n, d, clips = 70, 64, 2**31 // (70 * 64) + 2
     g = torch.Generator().manual_seed(0)
@@ -269,14 +304,18 @@ def test_offsets_past_two_to_the_31(config):
     large = torch.empty(clips, n, d, dtype=torch.float16)
     large[-1] = small[0]
     assert large[-1].storage_offset() > 2**31
-    ones = torch.ones(clips, n)
-    table = relation.tile_table(n, 0, n, config.rows, config.cols, large.device)
+    monkeypatch.setattr(relation_plan, "choose_config", lambda device, dtype: config)
     found = []
     for x, clip in ((small, 0), (large, clips - 1)):
-        pairs = relation._Pairs(config, x, x, None, ones, 0.5 * ones, ones, None, torch.ones(clips, 2), 0.1, "hinge")
-        partial, a = torch.empty(1, len(table)), torch.empty(1, n, relation._aligned(n))
-        pairs._launch(table, partial, a[:, :, :n], clip, 1, 0, n)
-        found.append((partial, a[:, :, :n].clone()))
+        key = relation_plan.Key(len(x), n, d, d, x.dtype, x.device, False, False, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32")
+        the = relation_plan.Plan(key)
+        panel = the.panels[-1]
+        assert panel.clips == slice(clip, clip + 1)
+        ones, partial = torch.ones(len(x), the.padded), torch.zeros(len(x), the.tiles)
+        a = the.space_of(panel, torch.zeros(the.space))
+        per_token = (ones, 0.5 * ones, None, None, None, torch.ones(len(x), 2))
+        panel.launch(*the.operands(x, x), *the.outputs(a), *per_token, panel.tiles, partial, *panel.fixed)
+        found.append((partial[clip], a.clone()))
     assert found[0][0].abs().sum() > 0 and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
@@ -287,8 +326,8 @@ def test_opcheck(dtype):
     for gradient in (True, False):
         arguments = (student.clone().requires_grad_(gradient), teacher, frame, weight, 0.1, "hinge", 0.5, 0.5, gradient)
         torch.library.opcheck(relation._forward, arguments)
-    loss, pull, top = relation._forward(student, teacher, None, None, 0.1, "hinge", 1.0, 0.0, True)
-    torch.library.opcheck(relation._backward, (torch.ones_like(loss), pull, top, student))
+    loss, product, scale = relation._forward(student, teacher, None, None, 0.1, "hinge", 1.0, 0.0, True)
+    torch.library.opcheck(relation._backward, (torch.ones_like(loss), product, scale, student))
 
 
 def test_torch_compile_does_not_break():

@@ -4,7 +4,8 @@ import aot
 import pytest
 import torch
 
-from ldo.kernels import relation
+from ldo.kernels import relation_plan
+from ldo.kernels.support import EPS, HUBER
 
 PAIRS = "ldo.kernels.relation_pairs:pair_kernel"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -25,28 +26,30 @@ ELSEWHERE = ("hinge", "huber", "no gradient", "fp16", "fp32")  # on sm_80 and sm
 COMPILED = [(case, arch) for arch in MATRIX for case in (CASES if arch == 90 else ELSEWHERE)]
 
 
-def pair_spec(case: str, arch: int, config: relation.Config | None = None) -> aot.Spec:
+def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) -> aot.Spec:
     dtype, penalty, framed, weighted, write, d, e = CASES[case]
-    c = config or relation.CONFIGS[arch, dtype != torch.float32]
+    c = config or relation_plan.CONFIGS[arch, dtype != torch.float32]
     kind, width = TYPES[dtype], c.cols // c.slices
 
     def block(rows, columns):
-        return f"tensordesc<{kind}[1, {rows}, {columns}]>" if c.bulk else f"*{kind}"
+        return f"tensordesc<{kind}[1, {rows}, {columns}]>" if c.use_tma else f"*{kind}"
 
     signature = {
         **{f"{v}_rows": block(c.rows, c.depth) for v in "xt"},
         **{f"{v}_cols": block(c.cols, c.depth) for v in "xt"},
         **dict.fromkeys(("inverse", "ratio", "factor", "partial"), "*fp32"),
-        **dict.fromkeys(("N", "padded", "out_rows", "out_cols", "clip0", "origin", "end"), "i32"),
+        **dict.fromkeys(("partial_stride", "first_partial", "N", "padded", "blocks"), "i32"),
+        **dict.fromkeys(("out_rows", "out_cols", "first_clip", "origin", "end"), "i32"),
         "tiles": "*i32",
         "margin": "fp32",
     }
-    constants = {"D": d, "E": e, "ROWS": c.rows, "COLS": c.cols, "DEPTH": c.depth, "SLICES": c.slices, "SUPER": c.super, "HUBER": relation.HUBER}
-    constants |= {"PENALTY": penalty, "FRAMED": framed, "WEIGHTED": weighted, "WRITE": write, "UNIT": dtype == torch.float16, "BULK": c.bulk}
+    constants = {"D": d, "E": e, "ROWS": c.rows, "COLS": c.cols, "DEPTH": c.depth, "SLICES": c.slices, "SQUARE": c.square, "SKIP": c.skip, "HUBER": HUBER}
+    constants |= {"PENALTY": penalty, "FRAMED": framed, "WEIGHTED": weighted, "WRITE": write, "UNIT": dtype == torch.float16, "USE_TMA": c.use_tma}
     constants |= {"PRECISION": "tf32x3", "INTERPRET": False}
     for name, kind_of, there in (
         ("frame", "*i32", framed),
         ("weight", "*fp32", weighted),
+        ("observed", "*i32", weighted and c.use_tma),
         ("out", block(c.rows, width), write),
         ("out_mirror", block(width, c.rows), write),
     ):
@@ -58,25 +61,32 @@ def pair_spec(case: str, arch: int, config: relation.Config | None = None) -> ao
 
 def row_specs() -> list[aot.Spec]:
     """The kernels around the pairs, at the launches' own constants."""
-    code, rows = "ldo.kernels.relation_pairs:", {"TOKENS": 4, "BLOCK": 512, "EPS": relation.EPS}
-    x, fp32 = "*bf16", "*fp32"
-    prepare = {"x": x, "t": x, "inverse": fp32, "ratio": fp32, "N": "i32", "padded": "i32"}
-    half = {**prepare, "x": "*fp16", "t": "*fp16", "unit": "*fp16"}
-    sums = {"frame": "*i32", "weight": fp32, "sums": fp32, "N": "i32"}
-    factor = {"sums": fp32, "factor": fp32, "top": fp32, "blocks": "i32", "clips": "i32", "spatial": "fp32", "temporal": "fp32"}
-    loss = {"partial": fp32, "top": fp32, "loss": fp32, "tiles": "i32", "clips": "i32"}
-    project = {"upstream": fp32, "pull": fp32, "top": fp32, "x": x, "grad": x, "count": "i32", "N": "i32"}
+    x, fp32, int32 = "*bf16", "*fp32", "*i32"
+    prepare = {"student": x, "teacher": x, "inverse": fp32, "ratio": fp32, "factor": fp32, "scale": fp32}
+    prepare |= {"N": "i32", "padded": "i32", "clips": "i32", "blocks": "i32", "spatial": "fp32", "temporal": "fp32"}
+    weighted = {"weight": fp32, "padded_weight": fp32, "observed": int32}
+    framed = {"order": int32, "run_start": int32, "cumulative": "*fp64"}
+    half = {"student": "*fp16", "teacher": "*fp16", "unit": "*fp16"}
+    loss = {"partial": fp32, "scale": fp32, "loss": fp32, "tiles": "i32", "clips": "i32"}
+    project = {"upstream": fp32, "product": fp32, "scale": fp32, "student": x, "gradient": x, "rows": "i32", "N": "i32"}
+    optional = dict.fromkeys((*weighted, *framed, "unit"))
 
-    def spec(name, kernel, signature, **constants):
-        return aot.Spec(name, code + kernel, signature, constants, tuple(k for k, v in signature.items() if v.startswith("*")))
+    def spec(name, kernel, signature, warps=4, **constants):
+        pointers = tuple(k for k, v in signature.items() if v.startswith("*"))
+        kernel = "ldo.kernels.relation_" + kernel
+        return aot.Spec(name, kernel, signature, constants, pointers, warps)
+
+    def prepared(name, signature):
+        left = {k: v for k, v in optional.items() if k not in signature}
+        sizes = {"D": 1920, "E": 1024, "TOKENS": 8, "BLOCK": 512, "SCAN": relation_plan.SCAN, "SKIP": 128, "EPS": EPS}
+        return spec(name, "prepare:prepare_kernel", prepare | signature, **sizes, **left)
 
     return [
-        spec("prepare", "prepare_kernel", prepare, unit=None, D=1920, E=1024, UNIT=False, **rows),
-        spec("prepare fp16", "prepare_kernel", half, D=1920, E=1024, UNIT=True, **rows),
-        spec("class sums", "class_sums_kernel", sums, FRAMED=True, WEIGHTED=True, ROWS=16, COLS=128),
-        spec("factor", "factor_kernel", factor, BLOCK=256),
-        spec("loss", "loss_kernel", loss, BLOCK=1024),
-        spec("project", "project_kernel", project, D=1920, UNIT=False, **rows),
+        prepared("prepare", {}),
+        prepared("prepare, frames and weights", weighted | framed),
+        prepared("prepare fp16", half | weighted | framed),
+        spec("loss", "finish:loss_kernel", loss, BLOCK=1024),
+        spec("project", "finish:project_kernel", project, 2, D=1920, TOKENS=1, COLUMNS=2048, UNIT=False, EPS=EPS),
     ]
 
 
@@ -94,17 +104,17 @@ def test_pairs_fit_and_reach_the_tensor_cores(usage, case, arch):
     assert found.count(MATRIX[arch]) >= 2  # both similarities
     assert found.count("FFMA") < 4000  # fp32 multiplication is the epilogue's alone
     if arch == 90 and CASES[case][0] != torch.float32:
-        assert sum(found.opcodes.values()) < 3700  # the epilogue is not hidden behind anything: what it takes, the tensor cores wait
+        assert sum(found.opcodes.values()) < 3750  # the epilogue is not hidden behind anything: what it takes, the tensor cores wait
         assert found.count("STSM.16.MT88.4") == found.count("STSM.16.M88.4") > 0 or not CASES[case][4]  # the mirror image costs no shuffles
-    if relation.CONFIGS[arch, True].bulk:
+    if relation_plan.CONFIGS[arch, True].use_tma:
         assert found.count("UTMALDG") and bool(found.count("UTMASTG")) == CASES[case][4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", MATRIX)
-@pytest.mark.parametrize("kernel", ["prepare", "prepare fp16", "class sums", "factor", "loss", "project"])
+@pytest.mark.parametrize("kernel", ["prepare", "prepare, frames and weights", "prepare fp16", "loss", "project"])
 def test_kernels_around_the_pairs(usage, kernel, arch):
     found = usage[kernel, arch]
     assert found.stack == 0 and found.spills == 0 and found.shared <= 48 * 1024
-    if kernel in ("prepare", "project"):
+    if kernel != "loss":
         assert found.count("LDG.E.128")  # 16 bytes a thread: bound by memory
