@@ -138,16 +138,14 @@ def _run(
     x, t = _input(student), _input(teacher if teacher.dtype == student.dtype else teacher.to(student.dtype))
     weight = None if weight is None else _input(weight)
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-    kinds = (x.dtype, x.device, frame is not None, weight is not None)
+    kinds = (x.dtype, x.device, frame is not None, None if weight is None else weight.dtype)
     the = relation_plan.plan(Key(*x.shape, t.shape[2], *kinds, *options, gradient, WORKSPACE, precision))
     with _on(x):
         frames = None if frame is None else relation_plan.frame_order(frame, the.padded)
         return _launch(the, x, t, frames, weight)
 
 
-def _launch(
-    the: Plan, x: Tensor, t: Tensor, frames: FrameOrder | None, weight: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _launch(the: Plan, x: Tensor, t: Tensor, frames: FrameOrder | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     key = the.key
     scratch = torch.empty(sum(the.scratch), dtype=torch.float32, device=x.device)
     inverse, ratio, padded_weight, factor, scale, partial, observed = scratch.split(the.scratch)

@@ -23,7 +23,7 @@ from ldo.kernels import relation_finish, relation_pairs, relation_prepare
 from ldo.kernels.support import EPS, HUBER, INTERPRET, Launch, architecture, written
 
 GROUP = 8  # rows of squares that are walked together, so that their operands stay in L2
-SCAN = 1024  # tokens that the class sums take at a time
+SCAN = 2048  # tokens that the class sums take at a time, at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Config:
     stages: int
     use_tma: bool
     registers: int | None = None  # most a thread may have, for more blocks a multiprocessor; None: the compiler's choice
+    truncation: float = 0.0  # the share of its accumulator that a matrix instruction of depth 16 loses; see ``gains``
 
     @property
     def square(self) -> int:
@@ -50,11 +51,13 @@ class Config:
         return min(self.rows, self.cols)
 
 
+HOPPER = 3.05e-8  # truncation, as measured on an H200 in bf16 (docs/kernels.md): about half a unit in fp32's last place
+
 # By compute capability and whether operands are half precision. sm_86, 89 and 120 have less shared memory and take sm_80's.
 CONFIGS = {
     (80, True): Config(128, 128, 32, 1, 8, 4, False),
     (80, False): Config(128, 64, 32, 1, 8, 3, False),
-    (90, True): Config(128, 256, 64, 2, 8, 4, True),
+    (90, True): Config(128, 256, 64, 2, 8, 4, True, truncation=HOPPER),
     (90, False): Config(128, 128, 32, 2, 8, 3, True),
     (100, True): Config(128, 256, 64, 4, 8, 3, True),
     (100, False): Config(64, 64, 32, 1, 4, 3, True),
@@ -67,6 +70,20 @@ def choose_config(device: torch.device, dtype: torch.dtype) -> Config:
     if device.type != "cuda":
         return ON_CPU
     return CONFIGS[architecture(device), dtype != torch.float32]
+
+
+def gains(config: Config, student: int, teacher: int) -> tuple[float, float]:
+    """What ``inverse`` and ``ratio`` are multiplied with, so that truncation does not shrink differences of similarities.
+
+    Tensor cores add into an fp32 accumulator and cut off what does not fit: each step of depth 16 moves it towards zero by
+    ``truncation`` of its value, on average. Pairs near the margin then fall below it, and a hinge's gradient is wrong where
+    they do. Of the teacher's part y, which grows over its own K_t steps and is then carried through the student's K_s,
+    K_t / 2 + K_s steps are lost; of the student's s, K_s / 2. Both are given back: y when it is scaled, all at the end.
+    """
+    student_steps, teacher_steps = -(-student // 16), -(-teacher // 16)
+    at_the_end = 1 + config.truncation * student_steps / 2
+    between = 1 + config.truncation * (teacher_steps + student_steps) / 2
+    return at_the_end**0.5, between**0.5  # each twice a pair
 
 
 # ----------------------------------------------------------------------------------------------------------- frames
@@ -156,7 +173,7 @@ class Key(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     framed: bool
-    weighted: bool
+    weight: torch.dtype | None
     margin: float
     penalty: str
     spatial: float
@@ -187,7 +204,7 @@ class Plan:
         self.padded = -(-n // config.square) * config.square
         self.blocks = self.padded // config.skip
         self.unit = key.gradient and key.dtype == torch.float16
-        self.skips = key.weighted and config.use_tma  # elsewhere the registers that it takes spill
+        self.skips = (key.weight is not None) and config.use_tma  # elsewhere the registers that it takes spill
         rows, together = [(0, n)], b
         if key.gradient:
             rows, together = panels(b, n, key.workspace // key.dtype.itemsize, config.square)
@@ -208,18 +225,20 @@ class Plan:
     def _scratch(self) -> list[int]:
         """Sizes of the fp32 scratch: inverse, ratio, weight, factor, scale, partial sums, observed blocks (as int32)."""
         b, key = self.key.clips, self.key
-        weight = b * self.padded if key.weighted else 0
+        weight = b * self.padded if (key.weight is not None) else 0
         # each begins at a multiple of 16 bytes, as the kernels were promised
         sizes = (b * self.padded, b * self.padded, weight, 2 * b, b, b * self.tiles, b * self.blocks if self.skips else 0)
         return [-(-size // 4) * 4 for size in sizes]
 
     def _prepare(self) -> None:
         key = self.key
-        tokens = 32 if INTERPRET else 8
+        tokens = 32 if INTERPRET else 16
+        scan = min(SCAN, 1 << (key.tokens - 1).bit_length())
         spatial, temporal = (key.spatial, key.temporal) if key.framed else (1.0, 0.0)
-        self.prepare = Launch(relation_prepare.prepare_kernel, key.clips + key.clips * self.padded // tokens, num_warps=4)
+        self.prepare = Launch(relation_prepare.prepare_kernel, key.clips + key.clips * self.padded // tokens, num_warps=8)
         numbers = (key.tokens, self.padded, key.clips, self.blocks, spatial, temporal)
-        self.prepare_fixed = (*numbers, key.student, key.teacher, tokens, 512, SCAN, self.config.skip, EPS)
+        numbers += gains(self.config, key.student, key.teacher)
+        self.prepare_fixed = (*numbers, key.student, key.teacher, tokens, 512, max(scan, self.config.skip), self.config.skip, EPS)
 
     def _finish(self) -> None:
         self.loss = Launch(relation_finish.loss_kernel, 1, num_warps=4)
@@ -232,7 +251,7 @@ class Plan:
         out_rows, out_cols = (p1 - p0, aligned(key.tokens - p0)) if key.gradient else (0, 0)
         numbers = (self.tiles, done, key.tokens, self.padded, self.blocks, out_rows, out_cols, clips.start, p0, p1, key.margin)
         tile = (c.rows, c.cols, c.depth, c.slices, c.square, c.skip)
-        kinds = (key.penalty, HUBER, key.framed, key.weighted, key.gradient, self.unit, c.use_tma, key.precision, INTERPRET)
+        kinds = (key.penalty, HUBER, key.framed, (key.weight is not None), key.gradient, self.unit, c.use_tma, key.precision, INTERPRET)
         launch = Launch(relation_pairs.pair_kernel, len(table), count, **options)
         return Panel(clips, p0, p1, table, launch, (*numbers, key.student, key.teacher, *tile, *kinds))
 

@@ -30,6 +30,8 @@ def prepare_kernel(
     blocks,  # padded / SKIP
     spatial,
     temporal,
+    inverse_gain,
+    ratio_gain,
     D: tl.constexpr,
     E: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -42,13 +44,12 @@ def prepare_kernel(
 
         inverse = 1 / n,    ratio = n / |t| (0 for t = 0),    padded_weight = w,    unit = x / n
 
-    The first three have ``padded`` places a clip, 0 past its N tokens, so that the pair kernel needs no masks.
+    the first two times their gains (``relation_plan.gains``). The first three have ``padded`` places a clip, 0 past its N
+    tokens, so that the pair kernel needs no masks.
     """
     program = tl.program_id(0)
     if program < clips:
-        _class_factors(
-            weight, order, run_start, cumulative, observed, factor, scale, program, N, clips, blocks, spatial, temporal, SCAN, SKIP
-        )
+        _class_factors(weight, order, run_start, cumulative, observed, factor, scale, program, N, clips, blocks, spatial, temporal, SCAN, SKIP)
     else:
         place = (program - clips).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         clip, token = place // padded, place % padded
@@ -57,10 +58,9 @@ def prepare_kernel(
         student_norm = _norms(student, row, inside, D, TOKENS, BLOCK)
         teacher_norm = _norms(teacher, row, inside, E, TOKENS, BLOCK)
         norm = tl.where(student_norm <= EPS, 1.0, student_norm)  # a NaN fails the comparison and stays
-        tl.store(inverse + place, tl.where(inside, 1 / norm, 0.0))
-        tl.store(
-            ratio + place, tl.where(teacher_norm <= EPS, 0.0, norm / tl.where(teacher_norm <= EPS, 1.0, teacher_norm))
-        )
+        tl.store(inverse + place, tl.where(inside, inverse_gain / norm, 0.0))
+        teacher_inverse = tl.where(teacher_norm <= EPS, 0.0, ratio_gain / tl.where(teacher_norm <= EPS, 1.0, teacher_norm))
+        tl.store(ratio + place, norm * teacher_inverse)
         if padded_weight is not None:
             tl.store(padded_weight + place, tl.load(weight + row, mask=inside, other=0.0).to(tl.float32))
         if unit is not None:

@@ -35,12 +35,14 @@ def fused(student, teacher, upstream=1.0, **options):
 def loading(request, monkeypatch):
     """Both ways of loading, whatever the device."""
     config = {"tma": relation_plan.ON_CPU, "pointers": POINTERS}[request.param]
+    choose = lambda device, dtype: config  # noqa: E731
     if DEVICE.type == "cuda":
         major = torch.cuda.get_device_capability()[0]
         if request.param == "tma" and major < 9:
             pytest.skip("no TMA before sm_90")
-        config = relation_plan.CONFIGS[{"tma": min(major * 10, 100), "pointers": 80}[request.param], True]
-    monkeypatch.setattr(relation_plan, "choose_config", lambda device, dtype: config)
+        arch = {"tma": min(major * 10, 100), "pointers": 80}[request.param]
+        choose = lambda device, dtype: relation_plan.CONFIGS[arch, dtype != torch.float32]  # noqa: E731
+    monkeypatch.setattr(relation_plan, "choose_config", choose)
     relation_plan.plan.cache_clear()
     yield
     relation_plan.plan.cache_clear()
@@ -307,7 +309,7 @@ def test_offsets_past_two_to_the_31(config, monkeypatch):
     monkeypatch.setattr(relation_plan, "choose_config", lambda device, dtype: config)
     found = []
     for x, clip in ((small, 0), (large, clips - 1)):
-        key = relation_plan.Key(len(x), n, d, d, x.dtype, x.device, False, False, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32")
+        key = relation_plan.Key(len(x), n, d, d, x.dtype, x.device, False, None, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32")
         the = relation_plan.Plan(key)
         panel = the.panels[-1]
         assert panel.clips == slice(clip, clip + 1)

@@ -43,7 +43,17 @@ def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) 
         "tiles": "*i32",
         "margin": "fp32",
     }
-    constants = {"D": d, "E": e, "ROWS": c.rows, "COLS": c.cols, "DEPTH": c.depth, "SLICES": c.slices, "SQUARE": c.square, "SKIP": c.skip, "HUBER": HUBER}
+    constants = {
+        "D": d,
+        "E": e,
+        "ROWS": c.rows,
+        "COLS": c.cols,
+        "DEPTH": c.depth,
+        "SLICES": c.slices,
+        "SQUARE": c.square,
+        "SKIP": c.skip,
+        "HUBER": HUBER,
+    }
     constants |= {"PENALTY": penalty, "FRAMED": framed, "WEIGHTED": weighted, "WRITE": write, "UNIT": dtype == torch.float16, "USE_TMA": c.use_tma}
     constants |= {"PRECISION": "tf32x3", "INTERPRET": False}
     for name, kind_of, there in (
@@ -63,7 +73,8 @@ def row_specs() -> list[aot.Spec]:
     """The kernels around the pairs, at the launches' own constants."""
     x, fp32, int32 = "*bf16", "*fp32", "*i32"
     prepare = {"student": x, "teacher": x, "inverse": fp32, "ratio": fp32, "factor": fp32, "scale": fp32}
-    prepare |= {"N": "i32", "padded": "i32", "clips": "i32", "blocks": "i32", "spatial": "fp32", "temporal": "fp32"}
+    prepare |= {"N": "i32", "padded": "i32", "clips": "i32", "blocks": "i32"}
+    prepare |= dict.fromkeys(("spatial", "temporal", "inverse_gain", "ratio_gain"), "fp32")
     weighted = {"weight": fp32, "padded_weight": fp32, "observed": int32}
     framed = {"order": int32, "run_start": int32, "cumulative": "*fp64"}
     half = {"student": "*fp16", "teacher": "*fp16", "unit": "*fp16"}
@@ -78,8 +89,8 @@ def row_specs() -> list[aot.Spec]:
 
     def prepared(name, signature):
         left = {k: v for k, v in optional.items() if k not in signature}
-        sizes = {"D": 1920, "E": 1024, "TOKENS": 8, "BLOCK": 512, "SCAN": relation_plan.SCAN, "SKIP": 128, "EPS": EPS}
-        return spec(name, "prepare:prepare_kernel", prepare | signature, **sizes, **left)
+        sizes = {"D": 1920, "E": 1024, "TOKENS": 16, "BLOCK": 512, "SCAN": relation_plan.SCAN, "SKIP": 128, "EPS": EPS}
+        return spec(name, "prepare:prepare_kernel", prepare | signature, 8, **sizes, **left)
 
     return [
         prepared("prepare", {}),
