@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ldo import teacher
 from ldo.config import Teacher
 from ldo.ops import relation_loss
 from ldo.teacher import Aligner, Target, make_target
@@ -148,3 +149,72 @@ def test_projector_is_trained_and_plain_has_nothing_to_train():
     module(Tokens(hidden, (5, 4, 4)), Target(torch.randn(1, 128, 48), torch.ones(1, 128), (8, 4, 4))).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     assert hidden.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+
+def library(x, grid):
+    """[B, t, h, w, D] to ``grid`` by PyTorch's own interpolation, in the precision of x."""
+    b, t, _, _, d = x.shape
+    flat = x.permute(0, 1, 4, 2, 3).flatten(0, 1)
+    x = torch.nn.functional.adaptive_avg_pool2d(flat, grid[1:]).unflatten(0, (b, t)).permute(0, 1, 3, 4, 2)
+    flat = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    flat = torch.nn.functional.interpolate(flat, grid[0], mode="linear", align_corners=False)
+    return flat.unflatten(1, (*grid[1:], d)).permute(0, 4, 1, 2, 3).flatten(1, 3)
+
+
+GRIDS = [  # in, out, ratio of their times
+    ((4, 4, 4), (8, 4, 4), 2.0),
+    ((8, 15, 26), (16, 16, 16), 2.0),
+    ((3, 7, 5), (12, 3, 4), 4.0),
+    ((5, 2, 3), (5, 5, 8), 1.0),
+    ((1, 1, 1), (2, 1, 1), 2.0),
+    ((6, 9, 9), (3, 9, 9), 0.5),
+]
+
+
+@pytest.mark.parametrize(("given", "grid", "ratio"), GRIDS)
+def test_resampling_is_the_librarys(given, grid, ratio):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, given[0] + 1, *given[1:], 6, generator=generator, requires_grad=True)
+    aligner = Aligner(Teacher(projector="none"), 6, 6, 4, 4)
+    aligner.ratio = ratio
+    found = aligner.resample(Tokens(x.flatten(1, 3), (given[0] + 1, *given[1:])), grid)
+    wide = x.detach().double().requires_grad_()
+    expected = library(wide[:, 1:], grid)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    upstream = torch.randn(found.shape, generator=generator)
+    found.backward(upstream), expected.backward(upstream.double())
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("other", [1, 2, 4, 7, 16])
+def test_weights_are_exactly_the_librarys(size, other):
+    """On unit vectors, in fp64, to the last bit but one."""
+    cpu = torch.device("cpu")
+    unit = torch.eye(size, dtype=torch.float64)[None]  # [1, size, size]: every input alone
+    linear = torch.nn.functional.interpolate(unit, other, mode="linear", align_corners=False)[0].T
+    torch.testing.assert_close(teacher.time_weights(size, other, cpu).double(), linear, rtol=0, atol=1e-7)
+    area = torch.nn.functional.adaptive_avg_pool1d(unit, other)[0].T
+    torch.testing.assert_close(teacher._area(size, other), area, rtol=0, atol=1e-15)
+
+
+def test_what_is_made_once_is_the_same_tensor():
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        first = teacher.frame_of_tokens(4, 2, 3, 1, cpu)
+        weights = teacher.time_weights(4, 9, cpu)
+    assert teacher.frame_of_tokens(4, 2, 3, 1, cpu) is first and first.tolist() == [t for t in (1, 2, 3) for _ in range(6)]
+    assert not first.is_inference() and not weights.is_inference()
+    (weights @ torch.ones(4, 1, requires_grad=True)).sum().backward()  # usable in autograd, wherever it was made first
+
+
+def test_the_same_frames_are_handed_over_every_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr(teacher, "relation_loss", lambda *_, frame_N, **__: seen.append(frame_N) or torch.zeros(()))
+    aligner = Aligner(Teacher(projector="none"), 6, 6, 4, 2)
+    hidden, target = Tokens(torch.randn(1, 5 * 4, 6), (5, 2, 2)), Target(torch.randn(1, 32, 6), torch.ones(1, 32), (8, 2, 2))
+    aligner(hidden, target), aligner(hidden, target)
+    assert seen[0] is seen[1] and seen[0].dtype == torch.int32
