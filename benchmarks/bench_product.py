@@ -114,7 +114,7 @@ def whole(bench: common.Bench, n: int, ds: int, dt: int, kind: str) -> None:
         if row["ms"] is None:
             continue
         found = stages.split(work, sets, bench.device, 3 if bench.args.quick else 20)
-        multiplied = stages.pair_flops(n, ds, dt, relation_plan.choose_config(bench.device, bench.dtype))
+        multiplied = stages.pair_flops(n, ds, dt, relation_plan.choose_config(bench.device, bench.dtype, kind != "fwd"))
         rate = multiplied / found.ms["pairs"] / 1e9
         row |= {"stages_ms": found.ms, "pair_tflops": rate, "pair_share": rate / common.matmul_tflops(bench.device, bench.dtype), **found.usage}
         cells = ", ".join(f"{name} {ms:.3f}" for name, ms in found.ms.items())

@@ -136,7 +136,7 @@ def main() -> int:
 def tune(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, until: float) -> int:
     """All rows, in order; exit code 1 if none was measured or a configuration was refused."""
     half = dtype != torch.float32
-    usual = relation_plan.choose_config(device, dtype)
+    usual = relation_plan.choose_config(device, dtype, True)
     arch = support.architecture(device) if device.type == "cuda" else None
     result = common.record(device) | {"dtype": args.dtype, "widths": args.widths[0], "matmul_tflops": common.matmul_tflops(device, dtype), "rows": []}
     rows, kept, left = result["rows"], [(c, relation_plan.GROUP) for c in candidates(usual, arch, half)], []

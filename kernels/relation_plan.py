@@ -62,14 +62,16 @@ CONFIGS = {
     (100, True): Config(128, 256, 64, 4, 8, 3, True),
     (100, False): Config(64, 64, 32, 1, 4, 3, True),
 }
+# Where A is written too, two blocks a multiprocessor: one multiplies while the other writes.
+WITH_GRADIENT = CONFIGS | {(90, True): Config(128, 128, 64, 2, 8, 3, True, registers=128, truncation=HOPPER)}
 ON_CPU = Config(32, 64, 32, 4, 4, 1, True)  # for the interpreter: several tiles at small N
 
 
-def choose_config(device: torch.device, dtype: torch.dtype) -> Config:
+def choose_config(device: torch.device, dtype: torch.dtype, gradient: bool) -> Config:
     """The configuration for a device: a fixed one, so that all ranks of a run take the same."""
     if device.type != "cuda":
         return ON_CPU
-    return CONFIGS[architecture(device), dtype != torch.float32]
+    return (WITH_GRADIENT if gradient else CONFIGS)[architecture(device), dtype != torch.float32]
 
 
 def gains(config: Config, student: int, teacher: int) -> tuple[float, float]:
@@ -199,7 +201,7 @@ class Plan:
 
     def __init__(self, key: Key):
         self.key = key
-        self.config = config = choose_config(key.device, key.dtype)
+        self.config = config = choose_config(key.device, key.dtype, key.gradient)
         b, n = key.clips, key.tokens
         self.padded = -(-n // config.square) * config.square
         self.blocks = self.padded // config.skip

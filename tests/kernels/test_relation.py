@@ -35,13 +35,13 @@ def fused(student, teacher, upstream=1.0, **options):
 def loading(request, monkeypatch):
     """Both ways of loading, whatever the device."""
     config = {"tma": relation_plan.ON_CPU, "pointers": POINTERS}[request.param]
-    choose = lambda device, dtype: config  # noqa: E731
+    choose = lambda *_: config  # noqa: E731
     if DEVICE.type == "cuda":
         major = torch.cuda.get_device_capability()[0]
         if request.param == "tma" and major < 9:
             pytest.skip("no TMA before sm_90")
         arch = {"tma": min(major * 10, 100), "pointers": 80}[request.param]
-        choose = lambda device, dtype: relation_plan.CONFIGS[arch, dtype != torch.float32]  # noqa: E731
+        choose = lambda _, dtype, __: relation_plan.CONFIGS[arch, dtype != torch.float32]  # noqa: E731
     monkeypatch.setattr(relation_plan, "choose_config", choose)
     relation_plan.plan.cache_clear()
     yield
@@ -306,7 +306,7 @@ def test_offsets_past_two_to_the_31(config, monkeypatch):
     large = torch.empty(clips, n, d, dtype=torch.float16)
     large[-1] = small[0]
     assert large[-1].storage_offset() > 2**31
-    monkeypatch.setattr(relation_plan, "choose_config", lambda device, dtype: config)
+    monkeypatch.setattr(relation_plan, "choose_config", lambda *_: config)
     found = []
     for x, clip in ((small, 0), (large, clips - 1)):
         key = relation_plan.Key(len(x), n, d, d, x.dtype, x.device, False, None, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32")

@@ -26,9 +26,13 @@ ELSEWHERE = ("hinge", "huber", "no gradient", "fp16", "fp32")  # on sm_80 and sm
 COMPILED = [(case, arch) for arch in MATRIX for case in (CASES if arch == 90 else ELSEWHERE)]
 
 
+def configs(write: bool) -> dict:
+    return relation_plan.WITH_GRADIENT if write else relation_plan.CONFIGS
+
+
 def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) -> aot.Spec:
     dtype, penalty, framed, weighted, write, d, e = CASES[case]
-    c = config or relation_plan.CONFIGS[arch, dtype != torch.float32]
+    c = config or configs(write)[arch, dtype != torch.float32]
     kind, width = TYPES[dtype], c.cols // c.slices
 
     def block(rows, columns):
