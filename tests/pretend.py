@@ -141,6 +141,8 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.pin_memory:
             if self.marks.on_card(args[0]):
                 raise RuntimeError("only dense CPU tensors can be pinned")
+            if any(stride == 0 and size > 1 for size, stride in zip(args[0].shape, args[0].stride(), strict=True)):
+                raise RuntimeError("unsupported operation: more than one element of the written-to tensor refers to a single memory location")
             return args[0].clone()
         if func in SPEAK:
             return func(*args, **kwargs)
