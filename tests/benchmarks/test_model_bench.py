@@ -31,9 +31,14 @@ def test_both_stages_of_a_family(kind, tmp_path, vjepa_folder, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["x", str(recipe), "device=cpu", "align.batch=2", "--quick", "--out", str(out)])
     assert bench_model.main() == 0
     result = json.loads(out.read_text())
-    assert len(result["parts"]) == 6 and all(part["seconds"] > 0 for part in result["parts"].values())
+    assert len(result["parts"]) == 7 and all(part["seconds"] > 0 for part in result["parts"].values())
+    profiles = {name: part["profile"] for name, part in result["parts"].items() if "profile" in part}
+    assert (
+        list(profiles) == [name for name in result["parts"] if "backward" in name or "window" in name or "optimizer" in name] and len(profiles) == 3
+    )
+    assert all(p["kernels"] > 100 and p["busy_s"] > 0 and len(p["top"]) == 10 for p in profiles.values())
     assert result["figures"]["zero_variance_groups"] == 2 and result["figures"]["grad_norm"] > 0
-    (before, after) = snapshots
+    before, after, *_ = snapshots  # of the first update; another ran under the profiler
     assert any((before[name] != after[name]).any() for name in before), "the update changed nothing"
     for kernels in result["kernels"].values():
         assert all("flash_attention_for_cpu" in name and seconds > 0 for name, seconds in kernels.items()) and kernels
@@ -63,7 +68,7 @@ def test_a_random_text_has_the_width_and_length_of_the_published_model(name):
 @pytest.mark.parametrize("kind", ["ltx", "cogvideox-2b"])
 def test_a_family_keeps_to_one_device_on_a_pretended_gpu(kind, tmp_path, vjepa_folder, monkeypatch):
     monkeypatch.setattr(bench_model.Meter, "operations", lambda *_: None)  # the counter hides operations from the pretence
-    monkeypatch.setattr(profiled, "ran", lambda work, device: (work(), {})[1])  # a profiler sees only real ones
+    monkeypatch.setattr(profiled, "profile", lambda work, _: (work(), profiled.Profile(1.0, 0, 0.0, {}, {}))[1])  # a profiler sees only real ones
     for op in (relation, residual):  # interpreted Triton kernels add nothing here
         monkeypatch.setattr(op, "choose_triton", lambda name, impl, device, missing, forms, what: forms[-1])
     folder = models.FAMILIES[kind](tmp_path / "model")
@@ -75,4 +80,4 @@ def test_a_family_keeps_to_one_device_on_a_pretended_gpu(kind, tmp_path, vjepa_f
     with pretend.gpu():
         assert bench_model.main() == 0
     result = json.loads(out.read_text())
-    assert result["device"] == "Pretended GPU" and len(result["parts"]) == 6 and result["figures"]["grad_norm"] > 0
+    assert result["device"] == "Pretended GPU" and len(result["parts"]) == 7 and result["figures"]["grad_norm"] > 0
