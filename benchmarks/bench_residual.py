@@ -5,7 +5,8 @@
 M rows of D features (``--sizes`` are M), target layer-normed, in segments: ``rows`` (each row one), ``windows`` (1568 tokens, as one V-JEPA
 window has), ``one`` (all rows). Bound by memory: the floor is the bytes that must move over the measured copy bandwidth, forward 2 M D (both
 inputs once), with the gradient 3 M D (and the gradient written), times the size of an element; offsets and means are left out as small.
-``gbps`` is those bytes over the time. Baselines compute in fp32, as the reference does; the gradient is checked on a sample of rows.
+``gbps`` is those bytes over the time. ``eager`` computes in the inputs' precision, ``widened`` and ``compile`` in fp32, as the reference and
+ours do; the gradient is checked on a sample of rows.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def exact_rows(z: Tensor, h: Tensor, segments: Tensor, rows: Tensor, metric: str
 
 
 def variants(metric: str, kind: str) -> dict[str, Callable[..., Tensor]]:
-    eager = partial(baselines.residual, metric=metric)
+    wide = partial(baselines.residual, metric=metric)
     losses = {
         "triton": lambda z, h, s: predictive_residual(z, h, segments=s, metric=metric, impl="triton"),
-        "eager": eager,
-        "compile": common.compiled(eager),
+        "eager": partial(baselines.residual, metric=metric, widen=False),
+        "widened": wide,
+        "compile": common.compiled(wide),
     }
     return {name: common.passes(loss, kind) for name, loss in losses.items()}
 
