@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks import memory, show
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("triton", "cuda", "chunked", "cpp", "triton graph")
+OURS = ("triton", "cuda", "chunked", "cpp", "triton-graph")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TWIN = "first variant again"
 

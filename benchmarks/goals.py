@@ -1,6 +1,6 @@
 """What the kernels are meant to reach, beside what a device's results say: ``python benchmarks/goals.py [FOLDER] [--markdown]``.
 
-FOLDER holds the JSON files of ``gpu_check.sh`` for one device (default: every folder of benchmarks/results of a GPU). A goal whose
+FOLDER holds the JSON files of one run of ``lease.sh`` (default: every folder of benchmarks/results of a GPU). A goal whose
 measurement is missing says so and counts as open. Ratios are of medians of one run on one device; F is the floor, the operations that no
 implementation avoids at the device's own matmul rate. Exit code 1 if a measured goal is missed.
 """
@@ -138,6 +138,12 @@ GOALS = (
 )
 
 
+def judge(folder: Path) -> list[tuple[Goal, Found | None]]:
+    """Every goal with its measurement among a folder's results."""
+    rows = read(folder)
+    return [(goal, goal.measure(rows)) for goal in GOALS]
+
+
 def lines(judged: list[tuple[Goal, Found | None]], markdown: bool) -> list[str]:
     """The table of goals and what was found of each."""
     out = ["| goal | must | stretch | found | | file |", "| --- | --- | --- | --- | --- | --- |"] if markdown else []
@@ -156,13 +162,12 @@ def main() -> int:
     args = parser.parse_args()
     folders = args.folders or sorted(f for f in RESULTS.glob("*") if f.is_dir() and "cpu" not in f.name)
     if not folders:
-        print("no results of a GPU yet: sh benchmarks/gpu_check.sh")
+        print("no results of a GPU yet: sh benchmarks/lease.sh main")
     missed = False
     for folder in folders:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder of results")
-        rows = read(folder)
-        judged = [(goal, goal.measure(rows)) for goal in GOALS]
+        judged = judge(folder)
         print(folder.name, *lines(judged, args.markdown), sep="\n")
         missed |= any(goal.verdict(found) == "missed" for goal, found in judged)
     return int(missed)
