@@ -128,7 +128,7 @@ PARTS = (
         "--sizes 4096 --widths 3072x1024,5120x1408",
         "--sizes 4096,10240 --widths 1536x1024,3072x1024,5120x1408",
     ),
-    Part("product", 60, "benchmarks/bench_product.py", "--sizes 33 --widths 16x8", interprets=True),
+    Part("stages", 60, "benchmarks/bench_stages.py", "--sizes 33 --widths 16x8", "--quick", interprets=True),
     Part(
         "step",
         120,

@@ -207,17 +207,17 @@ class Plan:
         self.blocks = self.padded // config.skip
         self.unit = key.gradient and key.dtype == torch.float16
         self.skips = (key.weight is not None) and config.use_tma  # elsewhere the registers that it takes spill
-        rows, together = [(0, n)], b
+        rows, clips = [(0, n)], b
         if key.gradient:
-            rows, together = panels(b, n, key.workspace // key.dtype.itemsize, config.square)
+            rows, clips = panels(b, n, key.workspace // key.dtype.itemsize, config.square)
         tables = [tile_table(n, p0, p1, config.rows, config.cols, key.device) for p0, p1 in rows]
         self.tiles = sum(map(len, tables))
-        self.space = together * max((p1 - p0) * aligned(n - p0) for p0, p1 in rows) if key.gradient else 0
+        self.space = clips * max((p1 - p0) * aligned(n - p0) for p0, p1 in rows) if key.gradient else 0
         self.panels = []
-        for clip in range(0, b, together):
+        for clip in range(0, b, clips):
             done = 0
             for (p0, p1), table in zip(rows, tables, strict=True):
-                self.panels.append(self._panel(slice(clip, min(clip + together, b)), p0, p1, table, done))
+                self.panels.append(self._panel(slice(clip, min(clip + clips, b)), p0, p1, table, done))
                 done += len(table)
         self.scratch = self._scratch()
         self._prepare()
