@@ -33,7 +33,12 @@ def _module() -> Any:
 
 def direct(tensor: Tensor) -> bool:
     """May the extension be called as it is, not through a custom op? Not where something traces or transforms the call."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    return not (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx
+    )
 
 
 def _index(op: str, module: Any, device: torch.device) -> int:

@@ -10,6 +10,7 @@ import forms
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldo.ops import dispatch, extension, group_advantage, grpo_surrogate, native
@@ -167,6 +168,20 @@ def test_public_functions_compile_as_they_are(form):
     torch._dynamo.reset()
     compiled = torch.compile(lambda r, g: group_advantage(r, g, impl=form)[0] * 2, backend="aot_eager")
     assert torch.equal(compiled(rewards, ids), group_advantage(rewards, ids, impl=form)[0] * 2)
+
+
+@needs_extension
+def test_a_traced_call_stays_one_operation():
+    rewards, ids = draw([3, 1, 4])
+    logp, advantage = torch.randn(8, 1), torch.randn(8)
+
+    def both(r, x):
+        return group_advantage(r, ids, impl="cpp")[0] + grpo_surrogate(x, None, advantage, clip=0.1, impl="cpp").total
+
+    traced = make_fx(both)(rewards, logp)
+    called = {str(n.target) for n in traced.graph.nodes if n.op == "call_function"}
+    assert {"ldo.group_advantage.default", "ldo.grpo_surrogate.default"} <= called
+    assert torch.equal(traced(rewards * 2, logp + 0.01), both(rewards * 2, logp + 0.01))
 
 
 class Operations(TorchDispatchMode):
