@@ -60,6 +60,9 @@ def recorded() -> Iterator[list[str]]:
             kept[key] = empty(*size, dtype=dtype, device=device)
         return kept[key]
 
+    def like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return again(*x.shape, dtype=dtype or x.dtype, device=x.device)
+
     def chosen(device: torch.device, dtype: torch.dtype, gradient: bool) -> relation_plan.Config:
         return (relation_plan.WITH_GRADIENT if gradient else relation_plan.CONFIGS)[90, dtype != torch.float32]
 
@@ -70,6 +73,7 @@ def recorded() -> Iterator[list[str]]:
         mock.patch.object(relation_plan, "choose_config", chosen),
         mock.patch.object(relation, "written", lambda dtype: dtype),  # the interpreter alone writes another
         mock.patch.object(torch, "empty", again),
+        mock.patch.object(torch, "empty_like", like),
     ):
         yield names
     relation_plan.plan.cache_clear()
@@ -116,9 +120,8 @@ def main() -> int:
             found = measure(lambda gradient=gradient: call(gradient), names, args.repeat)
             shape = dict(zip(("B", "N", "Ds", "Dt"), RECIPE, strict=True))
             rows.append({"op": "relation", "pass": kind, "shape": shape, **found})
-            print(
-                f"relation {kind:7} {len(found['launches'])} launches, {found['dispatched']} dispatches, {found['us']:.0f} us ({found['us_median']:.0f})"
-            )
+            launches, took = len(found["launches"]), f"{found['us']:.0f} us (median {found['us_median']:.0f})"
+            print(f"relation {kind:7} {launches} launches, {found['dispatched']} dispatches, {took}")
     if args.out:
         args.out.write_text(json.dumps({**common.record(torch.device("cpu")), "host": rows}, indent=1) + "\n")
     return 0
