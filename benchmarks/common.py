@@ -326,12 +326,12 @@ class Bench:
         show.print_rows(found, header=bool(found) and len(self.rows) == len(found))
         if self.args.profile:
             self._profile(case, ready)
-        self._write()
+        self.write()
         return found
 
     def finish(self) -> int:
         """Write and plot; the exit code is 1 if a variant of ours broke."""
-        self._write()
+        self.write()
         if self.args.out and self.rows:
             show.plot(self.result, self.args.out.with_suffix(".png"))
         for line in self.failed:
@@ -407,7 +407,8 @@ class Bench:
             by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             Path(f"{stem}.txt").write_text(found.key_averages().table(sort_by=by, row_limit=20))
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all that was found so far."""
         if self.args.out:
             self.args.out.parent.mkdir(parents=True, exist_ok=True)
             self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
