@@ -84,7 +84,7 @@ def launch_advantage(
     """
     op, module, shape, device = "group_advantage", _module(), rewards.shape, rewards.device
     gpu = _index(op, module, device)
-    n, r = shape if len(shape) == 2 else (len(rewards), 1)
+    n, r = shape if len(shape) == 2 else (shape[0], 1)
     if not 0 < r <= module.MAX_REWARDS or n < 1:
         raise ValueError(f"{op}: at least one sample and 1 to {module.MAX_REWARDS} rewards, got {tuple(shape)}")
     rewards_at = _check(op, "rewards", rewards, device, REWARDS, shape)
@@ -133,7 +133,7 @@ def advantage(
     The launch assumes that ids do not fall and says if they did; then they are sorted and it is repeated. Reading ``info``
     is the one wait for the device: G is needed on the host, and so is the sample of a bad reward (ValueError).
     """
-    n, r = len(ids_N), 1 if rewards.ndim == 1 else rewards.shape[1]
+    n, r = rewards.shape if rewards.ndim == 2 else (rewards.shape[0], 1)
     out, buffer, zero, (groups, unordered, bad) = launch_advantage(rewards, ids_N, weights_R, scale, clip, eps, wide, True)
     if bad >= 0:
         k, j = divmod(bad, r)
@@ -236,7 +236,7 @@ def launch_surrogate(
     """
     op, module, shape, device, dtype = "grpo_surrogate", _module(), logp.shape, logp.device, logp.dtype
     gpu = _index(op, module, device)
-    n, s = shape if len(shape) == 2 else (len(logp), 1)
+    n, s = shape if len(shape) == 2 else (shape[0], 1)
     if n < 1 or s < 1:
         raise ValueError(f"{op}: at least one sample and one step are needed, got {tuple(shape)}")
     dtypes = (dtype,) if dtype in FLOATS else FLOATS
