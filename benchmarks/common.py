@@ -99,11 +99,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit, with "-dirty" if the tree differs from it (results apart). LDO_COMMIT names it for a copy that has no .git."""
+    """LDO_COMMIT, for a copy whose .git is missing or another's; else the commit, with "-dirty" if the tree differs from it (results apart)."""
+    if named := os.environ.get("LDO_COMMIT"):
+        return named
     head = _output("git", "rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("LDO_COMMIT") or None
-    return head + ("-dirty" if _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results") else "")
+    return head + ("-dirty" if _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results") else "") if head else None
 
 
 def _output(*command: str) -> str:

@@ -7,6 +7,7 @@ import time
 import types
 
 import forms
+import pretend
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -243,38 +244,31 @@ def test_a_call_takes_the_host_less_than_the_reference(form, name):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
-    """CPU tensors pass for those of GPU 3; launches are done on the CPU and kept, with what they were given."""
-    module, launches = extension.load()[0], []
+def launches(monkeypatch):
+    """CPU tensors pass for those of GPU 3. What each launch is given is kept here; the CPU does it."""
+    fake, kept = pretend.as_gpu(extension.load()[0]), []
 
-    def launched(call, info):
-        def launch(**given):
-            launches.append(given)
-            found = call(**{k: v for k, v in given.items() if k not in ("workspace", "device", "stream", "wait")})
-            return found if info and given["wait"] else None
+    def recorded(call):
+        return lambda **given: kept.append(given) or call(**given)
 
-        return launch
-
-    fake = types.SimpleNamespace(CUDA=True, CPU=-1, MAX_REWARDS=32, INTERFACE=extension.INTERFACE, launches=launches)
-    fake.group_advantage, fake.grpo_surrogate = launched(module.group_advantage, True), launched(module.grpo_surrogate, False)
-    fake.advantage_workspace = lambda n, r: 4096
-    fake.surrogate_workspace = lambda n, s: 1024 if n * s > 8192 else 0
+    fake.group_advantage, fake.grpo_surrogate = recorded(fake.group_advantage), recorded(fake.grpo_surrogate)
+    fake.advantage_workspace, fake.surrogate_workspace = lambda n, r: 4096, lambda n, s: 1024 if n * s > 8192 else 0
     monkeypatch.setattr(native, "_module", lambda: fake)
     monkeypatch.setattr(native, "_index", lambda *_: 3)
     monkeypatch.setattr(native, "_stream", lambda index: 70 + index)
-    return fake
+    return kept
 
 
 @needs_extension
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("sizes", [[1], [3, 4, 6], [16] * 100])
-def test_one_launch_with_one_wait_has_all_it_needs(on_a_gpu, monkeypatch, sizes, shuffle, wide):
+def test_one_launch_with_one_wait_has_all_it_needs(launches, monkeypatch, sizes, shuffle, wide):
     """Scratch memory, the info and the results are apart and aligned; unordered ids take a second launch."""
     rewards, ids = draw(sizes, dtype=torch.float64, shuffle=shuffle)
     found = native.advantage(rewards, ids, None, 0, 5.0, 1e-4, wide)
-    assert len(on_a_gpu.launches) == 1 + bool(shuffle and len(sizes) > 1)
-    for given in on_a_gpu.launches:
+    assert len(launches) == 1 + bool(shuffle and len(sizes) > 1)
+    for given in launches:
         assert (given["device"], given["stream"], given["wait"]) == (3, 73, True)
         size, n, r = 8 if wide else 4, *rewards.shape
         taken = sorted([(given["mean"], n * r * size), (given["deviation"], n * r * size), (given["info"], 24), (given["workspace"], 4096)])
@@ -288,10 +282,10 @@ def test_one_launch_with_one_wait_has_all_it_needs(on_a_gpu, monkeypatch, sizes,
 @needs_extension
 @pytest.mark.parametrize("n", [5, 9000])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_launch_of_the_surrogate_takes_no_more_than_it_needs(on_a_gpu, n, grad):
+def test_a_launch_of_the_surrogate_takes_no_more_than_it_needs(launches, n, grad):
     """No log-probs of zero, no slopes without a gradient, no scratch memory where one block does."""
     native.surrogate(torch.randn(n, requires_grad=grad), None, torch.randn(n), None, None, 0.1, 1.0, 0.0)
-    (given,) = on_a_gpu.launches
+    (given,) = launches
     assert given["logp_old"] == given["divergence"] == given["weights"] == 0 and (given["device"], given["stream"]) == (3, 73)
     assert bool(given["slope"]) == grad and bool(given["workspace"]) == (n > 8192)
 
