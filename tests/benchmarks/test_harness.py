@@ -154,9 +154,11 @@ def test_passes():
     torch.testing.assert_close(common.passes(lambda x, k: k * x.square(), "fwd+bwd")(x, 3), 6 * x.detach())
 
 
-def test_commit_of_a_copy_without_git(monkeypatch):
-    monkeypatch.setattr(common, "_output", lambda *_: "")
+def test_commit_of_a_copy_whose_git_is_missing_or_old(monkeypatch):
+    monkeypatch.setattr(common, "_output", lambda *_: "another")
     monkeypatch.setenv("LDO_COMMIT", "abc")
+    assert common.commit() == "abc"
+    monkeypatch.setattr(common, "_output", lambda *_: "")
     assert common.commit() == "abc"
     monkeypatch.delenv("LDO_COMMIT")
     assert common.commit() is None and show.brief(None) == "unknown"

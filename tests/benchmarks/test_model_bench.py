@@ -8,6 +8,7 @@ import models
 import pretend
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import recipes
 from benchmarks import bench_model, profiled, show
@@ -62,6 +63,20 @@ def test_a_random_text_has_the_width_and_length_of_the_published_model(name):
     config = published.configs(name)["transformer"]
     text = bench_model.random_text(config, meta.text_length(config, 0), bench_model.torch_rng(0, "text"))
     assert text.tensors["embeds"].shape == {"Lightricks/LTX-Video": (1, 128, 4096), "THUDM/CogVideoX-2b": (1, 226, 4096)}[name]
+
+
+def test_a_product_that_names_its_type_is_counted(monkeypatch):
+    """As the counter meets it on a GPU, where the relation loss adds bf16 products to fp32."""
+    seen = {}
+    monkeypatch.setattr(bench_model, "FlopCounterMode", lambda **given: seen.update(given) or FlopCounterMode(**given))
+    meter = bench_model.Meter(torch.device("cpu"), True)
+    meter.part("x", lambda: None)
+    meter.operations("x", lambda: torch.baddbmm(torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)), 1.0)
+    assert meter.found["parts"]["x"]["flop"] == 2 * 2 * 3 * 4 * 5
+    c, a, b = torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)
+    counter = FlopCounterMode(**seen)
+    counter._count_flops(torch.ops.aten.baddbmm, c, (c, a, b, torch.float32), {"out": c})
+    assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 5
 
 
 @pytest.mark.slow
