@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ldo.kernels import relation_finish, relation_pairs, relation_prepare
 from ldo.kernels.support import EPS, HUBER, INTERPRET, Launch, architecture, written
 
+PREPARE_REGISTERS = 96  # two blocks a multiprocessor; left alone, one of Triton 3.6's compilers aims at three and spills
 GROUP = 8  # rows of squares that are walked together, so that their operands stay in L2
 SCAN = 2048  # tokens that the class sums take at a time, at most
 
@@ -237,7 +238,8 @@ class Plan:
         tokens = 32 if INTERPRET else 16
         scan = min(SCAN, 1 << (key.tokens - 1).bit_length())
         spatial, temporal = (key.spatial, key.temporal) if key.framed else (1.0, 0.0)
-        self.prepare = Launch(relation_prepare.prepare_kernel, key.clips + key.clips * self.padded // tokens, num_warps=8)
+        programs = key.clips + key.clips * self.padded // tokens
+        self.prepare = Launch(relation_prepare.prepare_kernel, programs, num_warps=8, maxnreg=PREPARE_REGISTERS)
         numbers = (key.tokens, self.padded, key.clips, self.blocks, spatial, temporal)
         numbers += gains(self.config, key.student, key.teacher)
         self.prepare_fixed = (*numbers, key.student, key.teacher, tokens, 512, max(scan, self.config.skip), self.config.skip, EPS)
