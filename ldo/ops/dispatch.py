@@ -1,9 +1,10 @@
-"""Which implementation serves a call, and one log line the first time each is chosen."""
+"""Which implementation serves a call, with one log line the first time each is chosen, and in what precision it computes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -31,6 +32,15 @@ def choose_triton(op: str, impl: str, device: torch.device, missing: str | None,
     if missing is None and device.type == "cuda":
         return choose(op, impl, available, "triton", "fused kernels")
     return choose(op, impl, available, forms[-1], f"{what}; {missing or 'Triton only interprets here'}")
+
+
+def as_given(device: torch.device) -> AbstractContextManager:
+    """A context without autocast on ``device``: the dtypes that a form chose are those it computes in. Next to free where autocast is off."""
+    kind = device.type
+    # a backward is compiled together with its forward: what is on then says nothing of where it will run
+    if torch.amp.is_autocast_available(kind) and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 @cache

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from ldo.kernels import support
 from ldo.kernels.support import EPS, HUBER
-from ldo.ops.dispatch import choose_triton
+from ldo.ops.dispatch import as_given, choose_triton
 
 PENALTIES = ("hinge", "squared", "huber")
 PANEL = 512  # rows of the pair matrices that the chunked form holds at a time on a CPU; on a GPU it holds PANEL_GPU pairs
@@ -57,6 +57,7 @@ def relation_loss(
 
     ``frame_N``: int (within int32), the frame of each token; None compares all pairs as one class. ``weight_BN``: token
     weights in [0, 1]; None weighs all pairs 1. ``margin`` >= 0. Differentiable in the student alone.
+    The inputs' dtypes alone decide the precision: autocast changes no bit of the loss or its gradient.
     ``impl``: "reference" (dense, the specification), "chunked" (row panels in PyTorch, no N x N matrix kept), "triton"
     (fused kernels; fp32, bf16, fp16), or "auto": triton on a GPU, else chunked.
     ValueError on shapes that do not fit, a negative margin, or an unknown penalty or impl.
@@ -66,17 +67,18 @@ def relation_loss(
     impl = choose_triton("relation_loss", impl, student_BND.device, missing, ("reference", "chunked"), "memory-bounded PyTorch form")
     teacher = teacher_BNE.detach()
     uniform_squares = penalty == "squared" and margin == 0 and frame_N is None and weight_BN is None
-    if impl != "reference" and uniform_squares and _closed_form_is_cheaper(student_BND, teacher):
-        return _ClosedForm.apply(student_BND, teacher)
-    if impl == "triton":
-        from ldo.kernels import relation  # here, since it needs Triton
+    with as_given(student_BND.device):
+        if impl != "reference" and uniform_squares and _closed_form_is_cheaper(student_BND, teacher):
+            return _ClosedForm.apply(student_BND, teacher)
+        if impl == "triton":
+            from ldo.kernels import relation  # here, since it needs Triton
 
-        options = {"margin": margin, "penalty": penalty, "spatial": spatial, "temporal": temporal}
-        return relation.relation_loss(student_BND, teacher, frame_N, weight_BN, **options)
-    coefficients = _coefficients(student_BND, frame_N, weight_BN, spatial, temporal)
-    if impl == "reference":
-        return _reference(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
-    return _Chunked.apply(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
+            options = {"margin": margin, "penalty": penalty, "spatial": spatial, "temporal": temporal}
+            return relation.relation_loss(student_BND, teacher, frame_N, weight_BN, **options)
+        coefficients = _coefficients(student_BND, frame_N, weight_BN, spatial, temporal)
+        if impl == "reference":
+            return _reference(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
+        return _Chunked.apply(student_BND, teacher, frame_N, weight_BN, coefficients, margin, penalty)
 
 
 def _check(student: Tensor, teacher: Tensor, frame: Tensor | None, weight: Tensor | None, penalty: str, margin: float) -> None:
@@ -171,10 +173,25 @@ def _reference(student, teacher, frame, weight, coefficients, margin, penalty) -
     dtype = _accumulate(student)
     x, _ = _normalised(student.to(dtype))
     y, _ = _normalised(teacher.to(dtype))
-    d = x @ x.transpose(1, 2) - y @ y.transpose(1, 2)
+    d = _MatMul.apply(x, x.mT) - y @ y.mT
     rows = slice(0, d.shape[1])
     pairs = torch.stack([_pair_weight(weight, frame, coefficients, b, rows, d[b]) for b in range(len(d))])
     return (pairs * _phi(d, margin, penalty)).sum()
+
+
+class _MatMul(torch.autograd.Function):
+    """a b. Autograd's own product would have its gradient rounded by autocast where ``backward`` is called in its region."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, b = ctx.saved_tensors
+        with as_given(a.device):
+            return upstream @ b.mT, a.mT @ upstream
 
 
 class _Chunked(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldo.kernels import support
 from ldo.kernels.support import EPS
-from ldo.ops.dispatch import choose_triton
+from ldo.ops.dispatch import as_given, choose_triton
 
 METRICS = ("cosine", "l1", "l2")
 
@@ -38,6 +38,7 @@ def predictive_residual(
     ``segments``: S + 1 ascending row offsets from 0 to M, none of them empty; None makes one segment, shape [1].
     Offsets on a GPU are fetched to be checked, for which the host waits; so it does to check the sums of weights there.
     ``normalize_predicted`` defaults to True for cosine and False otherwise. ``weight_M``: non-negative row weights.
+    The inputs' dtypes alone decide the precision: autocast changes no bit of the means or their gradient.
     A zero vector has cosine 0 and gradient exactly 0. ``impl``: "reference" (plain PyTorch, the specification), "triton"
     (fused kernels; fp32, bf16, fp16), or "auto": triton on a GPU, else the reference.
     ValueError on bad shapes, devices, offsets, metric or impl, and on a segment without weight.
@@ -56,12 +57,13 @@ def predictive_residual(
     target, weight = target_MD.detach(), None if weight_M is None else weight_M.detach()
     missing = _no_triton(predicted_MD, target)
     impl = choose_triton("predictive_residual", impl, predicted_MD.device, missing, ("reference",), "plain PyTorch")
-    if impl == "reference":
-        return _reference(predicted_MD, target, segments, weight, metric, normalize_predicted, normalize_target)
-    from ldo.kernels import residual  # here, since it needs Triton
+    with as_given(predicted_MD.device):
+        if impl == "reference":
+            return _reference(predicted_MD, target, segments, weight, metric, normalize_predicted, normalize_target)
+        from ldo.kernels import residual  # here, since it needs Triton
 
-    keep = torch.is_grad_enabled() and predicted_MD.requires_grad
-    return residual.forward(predicted_MD, target, segments, weight, metric, normalize_predicted, normalize_target, keep)[0]
+        keep = torch.is_grad_enabled() and predicted_MD.requires_grad
+        return residual.forward(predicted_MD, target, segments, weight, metric, normalize_predicted, normalize_target, keep)[0]
 
 
 def _no_triton(predicted: Tensor, target: Tensor) -> str | None:

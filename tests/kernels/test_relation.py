@@ -4,6 +4,7 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
+import regions
 import relations
 import torch
 
@@ -330,6 +331,13 @@ def test_opcheck(dtype):
         torch.library.opcheck(relation._forward, arguments)
     loss, product, scale = relation._forward(student, teacher, None, None, 0.1, "hinge", 1.0, 0.0, True)
     torch.library.opcheck(relation._backward, (torch.ones_like(loss), product, scale, student))
+
+
+@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_no_bit(dtype, inside):
+    student, teacher, named = inputs(2, 40, 16, 8, dtype=dtype)
+    regions.assert_same(lambda x: relation_loss(x, teacher, impl="triton", **named), student, inside)
 
 
 def test_torch_compile_does_not_break():

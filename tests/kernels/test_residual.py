@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import aot
+import regions
 
 from ldo.kernels import residual, residual_rows
 from ldo.ops import predictive_residual
@@ -188,6 +189,15 @@ def test_layout_of_the_upstream_does_not_matter():
     for odd in (upstream[:, 0], torch.tensor(0.5, device=DEVICE).expand(3)):
         (one,), (two,) = (torch.autograd.grad(out, z, u, retain_graph=True) for u in (odd, odd.clone()))
         assert torch.equal(one, two) and one.any()
+
+
+@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_no_bit(metric, dtype, inside):
+    z, h, weight = inputs(12, 20, dtype)
+    options = {"segments": torch.tensor([0, 2, 7, 12]), "metric": metric, "weight_M": weight}
+    regions.assert_same(lambda x: predictive_residual(x, h, impl="triton", **options), z, inside)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float64, torch.bfloat16])

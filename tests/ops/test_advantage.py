@@ -101,6 +101,16 @@ def test_clip_bounds_the_sum(advantage):
     assert advantage(values, ids=[0] * 20, clip=100.0)[0][7] == pytest.approx(2 * 0.95 / (np.sqrt(0.0475) + 1e-4))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_autocast_changes_no_bit(advantage, dtype):
+    values, weights = rewards(3, dtype=dtype), [1.0, 0.25, -2.0]
+    expected, stats = advantage(values, weights=weights)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        found, inside = advantage(values, weights=weights)
+    assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    assert torch.equal(inside.mean, stats.mean) and torch.equal(inside.std, stats.std)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_reward_that_is_not_finite_names_its_sample(advantage, bad):
     values = rewards(2)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import regions
 import torch
 from relations import distance, inputs, loss_and_gradient, plain
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,6 +259,43 @@ def test_closed_form_is_taken_where_it_applies_and_pays(n, change, closed):
     student, teacher, _ = inputs(1, n)
     loss = relation_loss(student.requires_grad_(), teacher, **{**SQUARES, **change})
     assert ("ClosedForm" in str(loss.grad_fn)) == closed
+
+
+FORMS = {"reference": {"impl": "reference"}, "chunked": {"impl": "chunked"}, "closed": {"impl": "chunked", **SQUARES}}
+
+
+def of_form(form, teacher, options):
+    """``relation_loss`` of a form, as a function of the student: the closed form takes all pairs alike."""
+    return lambda x: relation_loss(x, teacher, **FORMS[form], **({} if form == "closed" else options))
+
+
+@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_changes_no_bit(form, dtype, inside):
+    student, teacher, options = inputs(2, 60, dtype=dtype)
+    regions.assert_same(of_form(form, teacher, options), student, inside)
+
+
+def test_autocast_is_felt_by_plain_arithmetic():
+    """The region is one: outside of the operation, it does round."""
+    student, teacher, options = inputs(2, 60, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="value: largest difference"):
+        regions.assert_same(lambda x: plain(x, teacher, **options), student, ("forward",))
+    with pytest.raises(AssertionError, match="gradient: largest difference"):
+        regions.assert_same(lambda x: plain(x, teacher, **options), student, ("backward",))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_changes_no_bit_when_compiled(form):
+    student, teacher, options = inputs(2, 60, dtype=torch.float32)
+    function = of_form(form, teacher, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: function(x), backend="aot_eager", fullgraph=True)
+    expected = regions.value_and_gradient(function, student)
+    for inside in ((), ("forward",), ("forward", "backward")):
+        found = regions.value_and_gradient(compiled, student, inside)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), inside
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import regions
 import torch
 
-from ldo.ops import predictive_residual
+from ldo.ops import predictive_residual, residual
 from ldo.ops.residual import METRICS
 
 SEGMENTS = [None, [0, 11], [0, 1, 4, 11]]
@@ -107,6 +108,26 @@ def test_perfect_and_opposite_forecast(metric, worst):
     assert predictive_residual(h, h, metric=metric, normalize_predicted=True).item() == pytest.approx(0, abs=1e-12)
     opposite = predictive_residual(-h, h, metric=metric, normalize_predicted=True).item()
     assert opposite == pytest.approx(worst) if worst else opposite > 1
+
+
+@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_autocast_changes_no_bit(metric, dtype, inside):
+    z, h, weight = inputs(dtype)
+    options = {"segments": torch.tensor([0, 1, 4, 11]), "metric": metric, "weight_M": weight, "impl": "reference"}
+    regions.assert_same(lambda x: predictive_residual(x, h, **options), z, inside)
+
+
+def test_autocast_is_off_while_it_computes(monkeypatch):
+    """Also where today's arithmetic has nothing that autocast would round."""
+    seen = []
+    monkeypatch.setattr(residual, "_reference", lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    z, h, _ = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        predictive_residual(z, h)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
 
 
 @pytest.mark.parametrize(

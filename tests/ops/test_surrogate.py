@@ -2,6 +2,7 @@
 
 import forms
 import pytest
+import regions
 import torch
 
 from ldo.ops import grpo_surrogate
@@ -100,6 +101,17 @@ def test_strides_do_not_matter(form):
     assert not any(x.is_contiguous() for x in strided)
     a, b = (grpo_surrogate(*x, clip=0.02, kl=0.1, impl=form) for x in (inputs, strided))
     assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+
+
+@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", forms.ALL)
+def test_autocast_changes_no_bit(form, dtype, inside):
+    logp, old, advantage, away = draw(dtype=dtype, device=forms.device_of(form))
+    weight = torch.tensor([0.5, 2.0, 1.0], dtype=dtype, device=logp.device)
+    for field in ("total", "policy", "ratio"):
+        options = {"clip": 0.02, "weight": weight, "kl": 0.3, "impl": form}
+        regions.assert_same(lambda x, field=field, options=options: getattr(grpo_surrogate(x, old, advantage, away, **options), field), logp, inside)
 
 
 def test_on_the_cpu_auto_is_the_reference():
