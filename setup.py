@@ -2,11 +2,14 @@
 
 ``python setup.py build_ext`` builds csrc/ in place through CMake and exits 1 if it cannot; ``pip install`` goes on without the
 extension, since everything also runs as plain PyTorch. LDO_CUDA=0|1|auto: no CUDA part, one or an error, one if nvcc is found.
+LDO_CUDA_ARCHITECTURES=90, or "80;90": only for GPUs of these compute capabilities, which builds faster; unset, for all that nvcc knows of
+those in CMakeLists.txt.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +57,9 @@ class Build(build_ext):
         cuda = os.environ.get("LDO_CUDA", "auto")
         if cuda not in ("0", "1", "auto"):
             raise CannotBuild(f"LDO_CUDA={cuda!r} is not one of 0, 1, auto")
+        architectures = os.environ.get("LDO_CUDA_ARCHITECTURES", "")
+        if architectures and not re.fullmatch(r"\d+(;\d+)*", architectures):
+            raise CannotBuild(f"LDO_CUDA_ARCHITECTURES={architectures!r} is not a number like 90, or several like 80;90")
         cmake = shutil.which("cmake") or program("cmake")
         if cmake is None:
             raise CannotBuild("cmake is not installed; pip install cmake ninja")
@@ -74,6 +80,7 @@ class Build(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "LDO_CUDA": "1" if nvcc else "0",
+            "LDO_CUDA_ARCHITECTURES": architectures,
             "LDO_OUTPUT": made,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

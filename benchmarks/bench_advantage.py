@@ -38,39 +38,6 @@ def plain_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, away: Tensor) 
     return torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.1)).mean() + 0.1 * away.mean()
 
 
-def graphed(function: Callable[..., Tensor], sets: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    """A captured CUDA graph of ``function`` for each input set."""
-    if not sets[0][0].is_cuda:
-        raise common.Unavailable("CUDA graphs need a GPU")
-    made = {}
-    for given in sets:
-        for _ in range(3):
-            function(*given)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = function(*given)
-        made[given[0].data_ptr()] = (graph, out)
-
-    def replay(first: Tensor, *_: Tensor) -> Tensor:
-        graph, out = made[first.data_ptr()]
-        graph.replay()
-        return out
-
-    return replay
-
-
-def lazily(make: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """A variant that is made when first called, where the harness can leave it out."""
-    made: list[Callable[..., Tensor]] = []
-
-    def call(*given: Tensor) -> Tensor:
-        if not made:
-            made.append(make())
-        return made[0](*given)
-
-    return call
-
-
 def launches(work: Callable[[], object]) -> int:
     """Kernels that one call puts on the GPU."""
     work()
@@ -93,7 +60,7 @@ def advantage_case(bench: common.Bench, n: int) -> None:
         "reference": lambda r, w: group_advantage(r, ids, w, impl="reference")[0],
         "eager": plain,
         "compile": common.compiled(plain),
-        "graph": lazily(lambda: graphed(plain, sets)),
+        "graph": common.graphed(plain),
     }
     if extension.load()[0] is None:
         del variants["launch"]

@@ -8,10 +8,12 @@ Cases, all with randn features of which the margin leaves a known share of pairs
     few       hinge, all pairs alike, 0.9% active          squared   squared penalty, margin 0, all pairs alike: a closed form exists
     many      hinge, a student of rank 8: most active      framed    hinge, same-frame and other pairs apart, token weights: the real use
 
-Variants: triton, chunked (ours); eager (dense autograd), compile (torch.compile of it), checkpoint (row chunks), bmm (each frame
-against a copy of the clip, as the field has it: uniform pairs, so not in ``framed``). In ``squared`` ours is the closed form, whatever the
-impl, where that is less work. The floor of forward and backward is B N^2 (3Ds + Dt) / r, of the forward alone B N^2 (Ds + Dt) / r, with r
-the measured matmul rate; of ``squared`` the closed form's where that is less.
+Variants: triton, chunked (ours); eager (dense autograd), compile (torch.compile of it), checkpoint (row chunks), chunk-compile (chunks that
+torch.compile fuses), panels (the upper triangle by cuBLAS with a compiled epilogue and a backward by hand: the best of PyTorch's own parts),
+bmm (each frame against a copy of the clip, as the field has it: uniform pairs, so not in ``framed``). Below 8192 tokens the host's time to
+launch decides between them, so each of the fast ones is there as a replayed CUDA graph as well ("triton-graph"). In ``squared`` ours is the
+closed form, whatever the impl, where that is less work. The floor of forward and backward is B N^2 (3Ds + Dt) / r, of the forward alone
+B N^2 (Ds + Dt) / r, with r the measured matmul rate; of ``squared`` the closed form's where that is less.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ CASES = ("few", "many", "squared", "framed")
 SIZES = (3600, 4096, 8192, 10240, 16384, 23040, 32768)
 WIDTHS = ((1536, 1024), (3072, 1024), (5120, 1408))
 FRAMES = 16
+HOST_BOUND = 8192  # tokens below which launches may take longer than what they launch
+GRAPHED = ("triton", "eager", "compile", "panels")
 RANK = 8  # of the student with many active pairs
 FEW = 2.612  # standard deviations beyond which 0.9% of a normal lies
 EXACT_ROWS = {"cuda": 16384, "cpu": 512}  # beyond, the gradient is checked on a sample of as many rows
@@ -83,10 +87,15 @@ def variants(case: str, n: int, keywords: dict, kind: str) -> dict[str, Callable
         "eager": dense,
         "compile": common.compiled(dense),
         "checkpoint": baselines.checkpointed(**keywords),
+        "chunk-compile": baselines.checkpointed(**keywords, compiled=True),
+        "panels": baselines.panels(**keywords),
     }
     if case != "framed" and n % FRAMES == 0:
         losses["bmm"] = baselines.bmm(frames=FRAMES, **keywords)
-    return {name: common.passes(loss, kind) for name, loss in losses.items()}
+    works = {name: common.passes(loss, kind) for name, loss in losses.items()}
+    if n < HOST_BOUND:
+        works |= {f"{name}-graph": common.graphed(works[name]) for name in GRAPHED}
+    return works
 
 
 def measure(bench: common.Bench, name: str, n: int, ds: int, dt: int, kinds: list[str]) -> None:
@@ -136,7 +145,7 @@ def plan(args: argparse.Namespace, gpu: bool) -> list[tuple[str, int, int, int]]
     if args.quick:
         return [("few", 8192, *USUAL), ("squared", 16384, *USUAL), ("framed", 8192, *USUAL)]
     by_size = [("few", n, *USUAL) for n in SIZES]
-    by_case = [(c, n, *USUAL) for c in ("many", "squared", "framed") for n in (8192, 16384, 32768)]
+    by_case = [(c, n, *USUAL) for c in ("many", "squared", "framed") for n in (4096, 8192, 16384, 32768)]
     return by_size + by_case + [("few", 10240, ds, dt) for ds, dt in WIDTHS]
 
 

@@ -347,6 +347,7 @@ def main() -> int:
     bench = common.Bench(args)
     found = models(bench)
     name_kernels(bench, found)
+    bench.write()
     for layer in chosen:
         bench.attempt(lambda bench, layer: measure(bench, layer, found.functions[layer.model]), layer)
     bench.result["auto"] = judge_auto(bench.rows, found.picked)

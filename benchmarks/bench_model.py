@@ -3,8 +3,9 @@
     python benchmarks/bench_model.py [RECIPE] [a.b=c ...] [--out FILE.json] [--quick]
 
 Nothing is downloaded: shapes, precision and switches are the recipe's, values are random, and prompts' embeddings stand in for
-the text encoder. Per part: seconds (the second run of it), the peak of the device's memory beside what ``ldo.check`` says
-of the stage, floating-point operations and the share of this device's own matmul rate (MFU), and the attention kernels that ran.
+the text encoder. Per part: seconds (the second run of it, and the first), the peak of the device's memory beside what ``ldo.check`` says
+of the stage, and where the time goes: kernels launched, the share of the time in which the GPU ran any, the ten costliest, attention's own.
+A part's operations give the share of this device's own matmul rate (MFU). The file is written after every part.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,21 @@ def _part(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------- what is measured
 
 
+def _baddbmm_flop(_: Any, a: Sequence[int], b: Sequence[int], *__: Any, **___: Any) -> int:
+    """Of shapes. torch's own count does not know the form that names the result's type."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
 class Meter:
-    """Runs parts twice and keeps their figures."""
+    """Runs parts twice and keeps their figures; ``written`` is called with all of them after each."""
 
-    def __init__(self, device: torch.device, once: bool):
-        self.device, self.once, self.rows = device, once, {}
+    def __init__(self, device: torch.device, once: bool, written: Callable[[dict[str, Any]], None] = lambda _: None):
+        self.device, self.once, self.written = device, once, written
+        self.found: dict[str, Any] = {"parts": {}, "kernels": {}}
 
-    def part(self, name: str, work: Callable[[], Any]) -> Any:
-        """Figures of ``work()``; returns what it returned last."""
-        gpu = self.device.type == "cuda"
+    def part(self, name: str, work: Callable[[], Any], profile: bool = False) -> Any:
+        """Figures of ``work()``, with ``profile`` those of one more run under the profiler; returns what it returned last."""
+        gpu, each = self.device.type == "cuda", []
         for _ in range(1 if self.once else 2):
             if gpu:
                 torch.cuda.synchronize()
@@ -118,24 +125,35 @@ class Meter:
             result = work()
             if gpu:
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-        self.rows[name] = {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None}
-        peak = f"{self.rows[name]['peak_bytes'] / 2**30:8.1f} GiB" if gpu else ""
-        print(f"{name:52} {seconds:9.2f} s {peak}", flush=True)
+            each.append(time.perf_counter() - began)
+        row = {"seconds": each[-1], "first_seconds": each[0], "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None}
+        self.found["parts"][name] = row
+        peak = f"{row['peak_bytes'] / 2**30:8.1f} GiB" if gpu else ""
+        print(f"{name:52} {row['seconds']:9.2f} s {peak}", flush=True)
+        self.written(self.found)
+        if profile:
+            self._profile(name, work)
         return result
+
+    def _profile(self, name: str, work: Callable[[], Any]) -> None:
+        seen = profiled.profile(work, self.device)
+        self.found["parts"][name]["profile"] = seen.record()
+        what = "kernels, the GPU busy" if self.device.type == "cuda" else "operators, busy"
+        print(f"{'':52} {seen.kernels:9} {what} {seen.busy:.0%} of {seen.wall_s:.2f} s", flush=True)
+        for kernel, ran in list(seen.top.items())[:5]:
+            print(f"{'':54} {1e3 * ran.seconds:9.1f} ms {ran.count:6} x {kernel[:70]}", flush=True)
+        self.found["kernels"][name] = {kernel: ran.seconds for kernel, ran in list(seen.attention.items())[:8]}
+        self.written(self.found)
 
     def operations(self, name: str, work: Callable[[], Any], rate: float) -> None:
         """Count the operations of ``work`` and hold them against ``rate`` (FLOP/s); needs the part's seconds."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm: _baddbmm_flop}) as counter:
             work()
-        row = self.rows[name]
+        row = self.found["parts"][name]
         row["flop"] = counter.get_total_flops()
         row["mfu"] = row["flop"] / row["seconds"] / rate
         print(f"{'':52} {row['flop'] / 1e12:9.1f} TFLOP, {row['mfu']:.1%} of this device's matmul rate", flush=True)
-
-    def kernels(self, work: Callable[[], Any]) -> dict[str, float]:
-        """Attention kernels of ``work`` and their seconds (on a CPU: operators)."""
-        return {name: ran.seconds for name, ran in list(profiled.ran(work, self.device).items())[:8]}
+        self.written(self.found)
 
 
 def clips_of(here: run.Run, meter: Meter) -> Clips:
@@ -154,12 +172,13 @@ def clips_of(here: run.Run, meter: Meter) -> Clips:
     return Clips([here.prompts[i % len(here.prompts)].text for i in range(count)], [size] * count, [Path("random")] * count, rows)
 
 
-def measure(checked: Checked, quick: bool) -> dict:
-    """All figures of a recipe."""
+def measure(checked: Checked, quick: bool, written: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """All figures of a recipe; ``written`` is called with those known so far after every part."""
     here, recipe = random_run(checked), checked.recipe
     device, config = here.world.device, recipe.align
-    meter = Meter(device, quick)
+    meter = Meter(device, quick, written)
     rate = common.matmul_tflops(device, run.DTYPES[recipe.model.dtype]) * 1e12
+    meter.found["matmul_tflops"] = rate / 1e12
     clips = clips_of(here, meter)
     aligner = align.make_aligner(here)
     rows = torch.arange(config.batch)
@@ -181,12 +200,11 @@ def measure(checked: Checked, quick: bool) -> dict:
     name = f"align: a step on {config.batch} clips, {len(parts[0])} at a time"
     meter.part(name, stage1)
     one = f"align: forward and backward of {len(parts[0])}"
-    meter.part(one, lambda: forward_backward(parts[0]))
+    meter.part(one, lambda: forward_backward(parts[0]), profile=True)
     if not recipe.model.gradient_checkpointing or device.type == "cuda":
         meter.operations(one, lambda: forward_backward(parts[0]), rate)
-    kernels = {"generator": meter.kernels(lambda: forward_backward(parts[0]))}
     frames = torch.rand((1, recipe.critic.window, 3, here.judge.crop, here.judge.crop), device=device)
-    kernels["world model"] = meter.kernels(lambda: here.judge.encode(frames))
+    meter.part("score: encode a window (world model)", lambda: here.judge.encode(frames), profile=True)
     optimizer.zero_grad(set_to_none=True)
 
     rl = recipe.rl
@@ -200,9 +218,9 @@ def measure(checked: Checked, quick: bool) -> dict:
         lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
         return reinforce.learn(here, rollout, 1, optimizer, here.fresh)
 
-    learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update)
+    learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update, profile=True)
     assert learnt.get("grad_norm"), "the update had no gradient: its time is none"
-    return {"parts": meter.rows, "kernels": kernels, "figures": figures | learnt, "matmul_tflops": rate / 1e12}
+    return meter.found | {"figures": figures | learnt}
 
 
 def main() -> int:
@@ -221,16 +239,22 @@ def main() -> int:
         torch.set_num_threads(recipe.threads)
     plan = memory.plan(recipe, checked.model, checked.world_model)
     predicted = {stage.name: {phase.name: phase.total for phase in stage.phases} for stage in plan.stages()} if plan else {}
-    found = measure(checked, args.quick)
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    head = {**common.record(device), "recipe": dataclasses.asdict(recipe), "predicted_bytes": predicted}
+
+    def written(found: dict[str, Any]) -> None:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            part = args.out.with_suffix(".tmp")
+            part.write_text(json.dumps(head | found, indent=1, default=str) + "\n")
+            part.replace(args.out)
+
     for name, phases in predicted.items():
         print(f"ldo.check says of {name}: {max(phases.values()) / 2**30:.1f} GiB at {max(phases, key=phases.get)}")
-    for model, rows in found["kernels"].items():
-        print(f"attention of the {model}: " + (", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in rows.items()) or "none found"))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {**common.record(device), "recipe": dataclasses.asdict(recipe), "predicted_bytes": predicted, **found}
-        args.out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    found = measure(checked, args.quick, written)
+    for part, rows in found["kernels"].items():
+        print(f"attention of {part}: " + (", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in rows.items()) or "none found"))
+    written(found)
     return 0
 
 

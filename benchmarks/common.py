@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks import memory, show
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("triton", "cuda", "chunked", "cpp")
+OURS = ("triton", "cuda", "chunked", "cpp", "triton-graph")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TWIN = "first variant again"
 
@@ -99,11 +99,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit, with "-dirty" if the tree differs from it (results apart). LDO_COMMIT names it for a copy that has no .git."""
+    """LDO_COMMIT, for a copy whose .git is missing or another's; else the commit, with "-dirty" if the tree differs from it (results apart)."""
+    if named := os.environ.get("LDO_COMMIT"):
+        return named
     head = _output("git", "rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("LDO_COMMIT") or None
-    return head + ("-dirty" if _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results") else "")
+    return head + ("-dirty" if _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results") else "") if head else None
 
 
 def _output(*command: str) -> str:
@@ -192,6 +192,28 @@ def passes(function: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
         return torch.autograd.grad(function(x, *rest).sum(), x)[0]
 
     return {"fwd": forward, "fwd+bwd": both}[kind]
+
+
+def graphed(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``work`` as a variant whose launches cost the host nothing: captured once for each input set as a CUDA graph, then replayed."""
+    made: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def replay(first: Tensor, *rest: Any) -> Tensor:
+        if not first.is_cuda:
+            raise Unavailable("CUDA graphs need a GPU")
+        if first.data_ptr() not in made:
+            for _ in range(2):
+                work(first, *rest)
+            torch.cuda.synchronize(first.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = work(first, *rest)
+            made[first.data_ptr()] = graph, out
+        graph, out = made[first.data_ptr()]
+        graph.replay()
+        return out
+
+    return replay
 
 
 def rotation(bytes_per_set: int, device: torch.device) -> int:
@@ -304,12 +326,12 @@ class Bench:
         show.print_rows(found, header=bool(found) and len(self.rows) == len(found))
         if self.args.profile:
             self._profile(case, ready)
-        self._write()
+        self.write()
         return found
 
     def finish(self) -> int:
         """Write and plot; the exit code is 1 if a variant of ours broke."""
-        self._write()
+        self.write()
         if self.args.out and self.rows:
             show.plot(self.result, self.args.out.with_suffix(".png"))
         for line in self.failed:
@@ -385,7 +407,8 @@ class Bench:
             by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             Path(f"{stem}.txt").write_text(found.key_averages().table(sort_by=by, row_limit=20))
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write all that was found so far."""
         if self.args.out:
             self.args.out.parent.mkdir(parents=True, exist_ok=True)
             self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")

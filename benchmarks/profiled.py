@@ -1,4 +1,4 @@
-"""Which attention kernels ran, by the profiler, and whether they are those that a backend's name promises.
+"""What ran, by the profiler: where a piece of work spends its time, which attention kernels it launched and whether a backend promised them.
 
 Names were read from the CUDA library of torch 2.11 (PyTorch's own kernels) and from published traces of the others. A
 kernel that sounds like attention but belongs to no family below is kept too, as "unknown": better a strange line than a
@@ -8,6 +8,7 @@ silent gap.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,49 @@ def ran(work: Callable[[], Any], device: torch.device) -> dict[str, Ran]:
         if told and (gpu or (told[0] != UNKNOWN and event.key.startswith("aten::"))):
             found[event.key] = Ran(event.count, (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6)
     return dict(sorted(found.items(), key=lambda row: -row[1].seconds))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one run of some work: seconds by the clock, kernels (on a CPU operators), the seconds they ran, the costliest of them, attention's own."""
+
+    wall_s: float
+    kernels: int
+    busy_s: float
+    top: dict[str, Ran]
+    attention: dict[str, Ran]
+
+    @property
+    def busy(self) -> float:
+        """The share of the time in which something ran; the rest waited for the host. On several streams, or threads, it may exceed 1."""
+        return self.busy_s / self.wall_s
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        top = [{"name": name[:120], "count": r.count, "ms": round(1e3 * r.seconds, 3)} for name, r in self.top.items()]
+        return {"wall_s": self.wall_s, "kernels": self.kernels, "busy_s": self.busy_s, "busy": round(self.busy, 4), "top": top}
+
+
+def profile(work: Callable[[], Any], device: torch.device, top: int = 10) -> Profile:
+    """Where ``work()`` spends its time. On a GPU only its kernels are recorded, which slows the host least; warm it up first."""
+    gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with memory.quiet(), torch.profiler.profile(activities=[kind], acc_events=True) as found:
+        began = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize(device)
+        wall = time.perf_counter() - began
+    where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    ran: dict[str, Ran] = {}
+    for event in found.key_averages():
+        if event.device_type == where and (gpu or event.key.startswith("aten::")):
+            ran[event.key] = Ran(event.count, (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6)
+    ordered = dict(sorted(ran.items(), key=lambda row: -row[1].seconds))
+    attention = {name: r for name, r in ordered.items() if (told := family(name)) and (gpu or told[0] != UNKNOWN)}
+    kernels = {name: r for name, r in ordered.items() if not name.startswith(("Memcpy", "Memset"))}
+    count = sum(r.count for r in kernels.values())
+    return Profile(wall, count, sum(r.seconds for r in ordered.values()), dict(list(ordered.items())[:top]), attention)
 
 
 def families(names: Iterable[str], kind: str = "") -> set[str]:

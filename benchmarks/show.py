@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+COMPARED = ("eager", "compile", "panels", "triton-graph", "compile-graph", "checkpoint", "chunk-compile", "bmm", "graph", "launch")
 HEADER = (
     f"{'op':9} {'case':14} {'pass':7} {'shape':26} {'dtype':5} {'variant':14} {'ms':>9} {'quartiles':>17} {'x floor':>8} "
     f"{'/eager':>7} {'/compile':>8} {'extra MiB':>10} {'grad error':>10} {'noise':>6}"
@@ -111,7 +112,7 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         peak = lambda row: f", {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""  # noqa: E731
         print(f"{path.name}: " + "; ".join(f"{part} {row['seconds']:.3g} s{peak(row)}" for part, row in result["parts"].items()))
         return
-    if not result["rows"]:
+    if not result.get("rows"):
         print(f"{path.name}: nothing measured")
         return
     if "config" in result["rows"][0]:
@@ -125,6 +126,11 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         ratios = [row["predicted"] / row["measured"] for row in result["rows"]]
         print(f"{path.name}: {len(ratios)} passes, predicted / measured {min(ratios):.3f} to {max(ratios):.3f}")
         return
+    if result["rows"][0]["op"] == "gradient error":
+        for row in result["rows"]:
+            shares = ", ".join(f"{name} {error:.2e}" for name, error in row["errors"].items())
+            print(f"{path.name}: {_shape(row)} {'with' if row['gains'] else 'without'} gains: {row['flipped']} of {row['active']} flipped; {shares}")
+        return
     if "auto" in result:
         print(f"{path.name}: {result['device']}, {brief(result['commit'])}, {result['matmul_tflops']:.4g} TFLOP/s")
         print_auto(result)
@@ -137,7 +143,7 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         ms = speedups(rows)
         name = next((o for o in ours if o in ms), None)
         row = next((r for r in rows if r["variant"] == name), rows[0])
-        ratios = " ".join(f"{ms[v] / row['ms']:.2f}x {v}" for v in ("eager", "compile", "checkpoint", "bmm") if v in ms and name)
+        ratios = " ".join(f"{ms[v] / row['ms']:.2f}x {v}" for v in COMPARED if v in ms and name)
         oom = [r["variant"] for r in rows if r.get("error") == "OOM"]
         print(
             f"  {row.get('case', ''):14} {row['pass']:7} {_shape(row):24} {row['variant']:7} {_number(row['ms'], '.3f', 8)} ms "

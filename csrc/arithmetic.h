@@ -59,7 +59,7 @@ struct Advantage {
 struct Surrogate {
   Dtype type;  // of every array; FLOAT32 or FLOAT64
   const void* logp;  // [samples, steps]
-  const void* logp_old;  // [samples, steps]
+  const void* logp_old;  // [samples, steps] or null: 0
   const void* advantage;  // [samples]
   const void* divergence;  // [samples, steps] or null
   const void* weights;  // [steps] or null
@@ -70,7 +70,7 @@ struct Surrogate {
   double kl;
   void* scalars = nullptr;  // [4]: total, policy, divergence, share clipped
   void* ratio = nullptr;  // [samples, steps]
-  void* slope = nullptr;  // [samples, steps]: d max(..) / d logp of each element
+  void* slope = nullptr;  // [samples, steps] or null: d max(..) / d logp of each element
 };
 
 void advantage_cpu(const Advantage& a);
@@ -136,10 +136,10 @@ struct Element {
 LDO_BOTH Element element(double logp, double logp_old, double advantage, double clip) {
   Element e;
   e.ratio = exp(logp - logp_old);
-  const double free = -advantage * e.ratio, held = -advantage * clamp(e.ratio, 1 - clip, 1 + clip);
-  e.clipped = held > free;
-  e.value = e.clipped ? held : free;
-  e.slope = e.clipped ? 0.0 : free;
+  const double unclipped = -advantage * e.ratio, at_bound = -advantage * clamp(e.ratio, 1 - clip, 1 + clip);
+  e.clipped = at_bound > unclipped;
+  e.value = e.clipped ? at_bound : unclipped;
+  e.slope = e.clipped ? 0.0 : unclipped;
   return e;
 }
 

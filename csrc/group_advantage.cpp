@@ -74,7 +74,7 @@ void run(const Advantage& a) {
     });
   };
   auto plain = [&](int64_t j) { return [=](int64_t i) { return load(rewards, i * kinds + j); }; };
-  double mean[MAX_REWARDS], by[MAX_REWARDS], overall[MAX_REWARDS] = {}, weight[MAX_REWARDS];
+  double mean[MAX_REWARDS], divisors[MAX_REWARDS], overall[MAX_REWARDS] = {}, weight[MAX_REWARDS];
   for (int64_t j = 0; j < kinds; ++j) {
     weight[j] = a.weights ? load(a.weights, a.weights_type, j) : 1.0;
     if (a.scale != GLOBAL) continue;
@@ -89,14 +89,14 @@ void run(const Advantage& a) {
       mean[j] = sums.sum / static_cast<double>(end - begin);
       const double own = deviation(squares(begin, end, j, mean[j]), end - begin);
       const bool zero = sums.low == sums.high;
-      by[j] = divisor(a.scale, zero, own, overall[j], a.eps);
+      divisors[j] = divisor(a.scale, zero, own, overall[j], a.eps);
       store(a.mean, a.out_type, group * kinds + j, mean[j]);
       store(a.deviation, a.out_type, group * kinds + j, own);
       a.zero[group * kinds + j] = zero;
     }
     for (int64_t i = begin; i < end; ++i) {
       double total = 0;
-      for (int64_t j = 0; j < kinds; ++j) total += weight[j] * ((load(rewards, i * kinds + j) - mean[j]) / by[j]);
+      for (int64_t j = 0; j < kinds; ++j) total += weight[j] * ((load(rewards, i * kinds + j) - mean[j]) / divisors[j]);
       store(a.advantage, a.out_type, i, clamp(total, -a.clip, a.clip));
     }
   }
@@ -108,11 +108,11 @@ void run(const Surrogate& s) {
   const T *divergence = static_cast<const T*>(s.divergence), *weights = static_cast<const T*>(s.weights);
   T *scalars = static_cast<T*>(s.scalars), *ratio = static_cast<T*>(s.ratio), *slope = static_cast<T*>(s.slope);
   const int64_t count = s.samples * s.steps;
-  auto at = [&](int64_t i) { return element(logp[i], old[i], advantage[i / s.steps], s.clip); };
+  auto at = [&](int64_t i) { return element(logp[i], old ? old[i] : T(0), advantage[i / s.steps], s.clip); };
   for (int64_t i = 0; i < count; ++i) {
     const Element e = at(i);
     ratio[i] = static_cast<T>(e.ratio);
-    slope[i] = static_cast<T>(e.slope);
+    if (slope) slope[i] = static_cast<T>(e.slope);
   }
   const double c = static_cast<double>(count);
   const double policy = fold<double>(0, count, [&](int64_t i) { return at(i).value; }) / c;

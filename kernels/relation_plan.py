@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ldo.kernels import relation_finish, relation_pairs, relation_prepare
 from ldo.kernels.support import EPS, HUBER, INTERPRET, Launch, architecture, written
 
+PREPARE_REGISTERS = 96  # two blocks a multiprocessor; left alone, one of Triton 3.6's compilers aims at three and spills
 GROUP = 8  # rows of squares that are walked together, so that their operands stay in L2
 SCAN = 2048  # tokens that the class sums take at a time, at most
 
@@ -207,17 +208,17 @@ class Plan:
         self.blocks = self.padded // config.skip
         self.unit = key.gradient and key.dtype == torch.float16
         self.skips = (key.weight is not None) and config.use_tma  # elsewhere the registers that it takes spill
-        rows, together = [(0, n)], b
+        rows, clips = [(0, n)], b
         if key.gradient:
-            rows, together = panels(b, n, key.workspace // key.dtype.itemsize, config.square)
+            rows, clips = panels(b, n, key.workspace // key.dtype.itemsize, config.square)
         tables = [tile_table(n, p0, p1, config.rows, config.cols, key.device) for p0, p1 in rows]
         self.tiles = sum(map(len, tables))
-        self.space = together * max((p1 - p0) * aligned(n - p0) for p0, p1 in rows) if key.gradient else 0
+        self.space = clips * max((p1 - p0) * aligned(n - p0) for p0, p1 in rows) if key.gradient else 0
         self.panels = []
-        for clip in range(0, b, together):
+        for clip in range(0, b, clips):
             done = 0
             for (p0, p1), table in zip(rows, tables, strict=True):
-                self.panels.append(self._panel(slice(clip, min(clip + together, b)), p0, p1, table, done))
+                self.panels.append(self._panel(slice(clip, min(clip + clips, b)), p0, p1, table, done))
                 done += len(table)
         self.scratch = self._scratch()
         self._prepare()
@@ -237,7 +238,8 @@ class Plan:
         tokens = 32 if INTERPRET else 16
         scan = min(SCAN, 1 << (key.tokens - 1).bit_length())
         spatial, temporal = (key.spatial, key.temporal) if key.framed else (1.0, 0.0)
-        self.prepare = Launch(relation_prepare.prepare_kernel, key.clips + key.clips * self.padded // tokens, num_warps=8)
+        programs = key.clips + key.clips * self.padded // tokens
+        self.prepare = Launch(relation_prepare.prepare_kernel, programs, num_warps=8, maxnreg=PREPARE_REGISTERS)
         numbers = (key.tokens, self.padded, key.clips, self.blocks, spatial, temporal)
         numbers += gains(self.config, key.student, key.teacher)
         self.prepare_fixed = (*numbers, key.student, key.teacher, tokens, 512, max(scan, self.config.skip), self.config.skip, EPS)

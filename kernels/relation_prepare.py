@@ -51,10 +51,10 @@ def prepare_kernel(
     if program < clips:
         _class_factors(weight, order, run_start, cumulative, observed, factor, scale, program, N, clips, blocks, spatial, temporal, SCAN, SKIP)
     else:
-        place = (program - clips).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        place = (program - clips) * TOKENS + tl.arange(0, TOKENS)  # tokens in all, far below 2^31
         clip, token = place // padded, place % padded
         inside = token < N
-        row = clip * N + token
+        row = clip.to(tl.int64) * N + token
         student_norm = _norms(student, row, inside, D, TOKENS, BLOCK)
         teacher_norm = _norms(teacher, row, inside, E, TOKENS, BLOCK)
         norm = tl.where(student_norm <= EPS, 1.0, student_norm)  # a NaN fails the comparison and stays
@@ -81,6 +81,13 @@ def _norms(features, row, inside, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLO
         value = tl.load(features + row[:, None] * WIDTH + column[None, :], mask=there, other=0.0).to(tl.float32)
         squares += value * value
     return tl.sqrt(tl.sum(squares, 1))
+
+
+@triton.jit
+def _share(share, total):
+    """share / total in fp32, 0 for a class without weight; an fp64 division would be a call."""
+    by = total.to(tl.float32)
+    return tl.where(by > 0, tl.div_rn(share, tl.where(by > 0, by, 1.0)), 0.0)
 
 
 @triton.jit
@@ -152,13 +159,12 @@ def _class_factors(
             same_parts += tl.where(last, 2 * n * s - s * s, 0.0)
             cross_parts += tl.where(last, n * other_s + s * (other_n - other_s), 0.0)
         same, cross = tl.sum(same_parts, 0), tl.sum(cross_parts, 0)
-    same = tl.where(same > 0, spatial / tl.where(same > 0, same * clips, 1.0), 0.0)
-    cross = tl.where(cross > 0, temporal / tl.where(cross > 0, cross * clips, 1.0), 0.0)
+    same, cross = _share(spatial, same * clips), _share(temporal, cross * clips)
     larger = tl.maximum(tl.abs(same), tl.abs(cross))
     by = tl.where(larger > 0, larger, 1.0)
-    tl.store(factor + 2 * clip, (same / by).to(tl.float32))
-    tl.store(factor + 2 * clip + 1, (cross / by).to(tl.float32))
-    tl.store(scale + clip, larger.to(tl.float32))
+    tl.store(factor + 2 * clip, tl.div_rn(same, by))
+    tl.store(factor + 2 * clip + 1, tl.div_rn(cross, by))
+    tl.store(scale + clip, larger)
     if observed is not None:
         for start in range(0, blocks, SCAN // SKIP):
             block = start + tl.arange(0, SCAN // SKIP)

@@ -52,17 +52,17 @@ def _plus3(a, b, c, x, y, z):
 
 
 @triton.jit
-def _sums2(a, b, TOGETHER: tl.constexpr):
+def _sums2(a, b, FUSE_SUMS: tl.constexpr):
     """Row sums of two tiles with one exchange between warps; apart in the interpreter, which would go element by element."""
-    if TOGETHER:
+    if FUSE_SUMS:
         return tl.reduce((a, b), 1, _plus2)
     else:
         return tl.sum(a, 1), tl.sum(b, 1)
 
 
 @triton.jit
-def _sums3(a, b, c, TOGETHER: tl.constexpr):
-    if TOGETHER:
+def _sums3(a, b, c, FUSE_SUMS: tl.constexpr):
+    if FUSE_SUMS:
         return tl.reduce((a, b, c), 1, _plus3)
     else:
         return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
@@ -103,7 +103,7 @@ def row_residuals(
     NORM_Z: tl.constexpr,
     NORM_H: tl.constexpr,
     K: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    FUSE_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -118,7 +118,7 @@ def row_residuals(
     z_rstd = z_mean + 1.0
     h_rstd = z_rstd
     if NORM_Z or NORM_H:
-        z_sum, h_sum = _sums2(a, b, TOGETHER)
+        z_sum, h_sum = _sums2(a, b, FUSE_SUMS)
         if NORM_Z:
             z_mean = z_sum / D
             a = tl.where(inside, a - z_mean[:, None], 0.0)
@@ -126,9 +126,9 @@ def row_residuals(
             h_mean = h_sum / D
             b = tl.where(inside, b - h_mean[:, None], 0.0)
     if METRIC == "cosine":
-        aa, bb, ab = _sums3(a * a, b * b, a * b, TOGETHER)
+        aa, bb, ab = _sums3(a * a, b * b, a * b, FUSE_SUMS)
     elif NORM_Z or NORM_H:
-        aa, bb = _sums2(a * a, b * b, TOGETHER)
+        aa, bb = _sums2(a * a, b * b, FUSE_SUMS)
     if NORM_Z:
         z_rstd = _rstd(aa, D)
     if NORM_H:
@@ -168,7 +168,7 @@ def row_residuals(
             tl.store(kept + 3, h_rstd, mask=here)
             if NORM_Z:
                 t = _slope(d, METRIC)
-                size_sum, t_sum, ta_sum = _sums3(size, t, t * a, TOGETHER)
+                size_sum, t_sum, ta_sum = _sums3(size, t, t * a, FUSE_SUMS)
                 tl.store(residual + rows, size_sum / D, mask=here)
                 tl.store(kept + 4, t_sum / D, mask=here)
                 tl.store(kept + 5, ta_sum / D, mask=here)

@@ -106,12 +106,14 @@ class Effect:
 def order(device: torch.device) -> tuple[str, ...]:
     """What ``auto`` tries on a GPU, the fastest first.
 
-    Expected from published figures, not measured here: FlashAttention-2 reaches about a third of an H100's rate and
-    version 3 up to three quarters (Shah et al., FlashAttention-3, 2024), with cuDNN's kernels not far from version 3;
-    before Hopper version 2 leads.
+    Expected from published figures: FlashAttention-2 reaches about a third of an H100's rate and version 3 up to three
+    quarters (Shah et al., FlashAttention-3, 2024), with cuDNN's kernels not far from version 3; before Hopper version 2 leads.
+    Measured on an H200 (docs/attention.md): PyTorch's own choice there is cuDNN's kernel, in up to 0.75 of the time that it takes
+    through diffusers' ``sdpa_cudnn``, which copies q, k and v first.
     """
-    new = torch.cuda.get_device_capability(device) >= (9, 0)
-    return ("flash3", "hub_flash3", *(("sdpa_cudnn",) if new else ()), "flash2", "hub_flash2", "xformers", "sdpa_flash")
+    major = torch.cuda.get_device_capability(device)[0]
+    own = ("native",) if major == 9 else ("sdpa_cudnn",) if major > 9 else ()
+    return ("flash3", "hub_flash3", *own, "flash2", "hub_flash2", "xformers", "sdpa_flash")
 
 
 def refuse(backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:

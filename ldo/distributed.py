@@ -50,8 +50,13 @@ def leave() -> None:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; from the host to a GPU through pinned memory, so that the host does not wait for what the GPU still has to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+    """``x`` on ``device``; from the host to a GPU through pinned memory, so that the host does not wait for what the GPU still has to do.
+
+    ``x`` may be any view, also one that repeats its elements (``expand``), which pinned memory cannot hold as it is.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

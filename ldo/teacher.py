@@ -14,6 +14,7 @@ Shapes: B clips, T frames, N = t h w tokens, D student and E teacher features.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -105,9 +106,9 @@ class Aligner(nn.Module):
         x = self.project(hidden.x_BND.float()).unflatten(1, (t, h, w))[:, 1:]  # [B, t-1, h, w, D]
         if round((t - 1) * self.ratio) != grid[0]:
             raise ValueError(f"teacher: {t - 1} latent frames do not correspond to {grid[0]} tubelets at a ratio of {self.ratio}")
-        # Two small matrix products: the library's interpolation takes 600 times as long on a GPU, more than the rest of the
-        # step, and its gradient is not deterministic there. Space first, since it has the fewer places afterwards.
-        with torch.autocast(x.device.type, enabled=False):
+        # Two small matrix products: on a GPU the library's interpolation takes longer than the rest of the step, and its
+        # gradient is not deterministic. Space first, since it has the fewer places afterwards.
+        with torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext():
             x = x.flatten(2, 3)  # [B, t-1, h w, D]
             if (h, w) != grid[1:]:
                 x = area_weights(h, w, *grid[1:], x.device) @ x

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
+
+if TYPE_CHECKING:  # PyAV is imported where a file is opened: what needs no files runs without it
+    import av
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 SLACK = 1e-6  # seconds, or steps: far above rounding, far below any frame's duration
@@ -39,6 +42,8 @@ class Info:
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float) -> None:
     """Write uint8 RGB frames without loss (H.264 in RGB): what is read back is what was written."""
+    import av
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1000), options={"qp": "0", "preset": "veryfast"})
@@ -124,6 +129,8 @@ def have_torchcodec() -> bool:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """An open file; whatever goes wrong while it is open becomes a ValueError that says why."""
+    import av
+
     try:
         with av.open(str(path)) as container:
             yield container

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ldo.ops import extension
+from ldo import teacher
+from ldo.ops import extension, native
 
 _REAL = torch.Generator
 HOST, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -141,6 +142,8 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.pin_memory:
             if self.marks.on_card(args[0]):
                 raise RuntimeError("only dense CPU tensors can be pinned")
+            if any(stride == 0 and size > 1 for size, stride in zip(args[0].shape, args[0].stride(), strict=True)):
+                raise RuntimeError("unsupported operation: more than one element of the written-to tensor refers to a single memory location")
             return args[0].clone()
         if func in SPEAK:
             return func(*args, **kwargs)
@@ -234,20 +237,27 @@ class _Event:
         pass
 
 
-def _extension(found: tuple[Any, str]) -> Any:
-    """The extension with its C++ forms under the names of the CUDA ones, which take a place to work in besides."""
-    module, why = found
-    if module is None:
-        return lambda: found
+def as_gpu(module: Any) -> SimpleNamespace:
+    """The extension as if built with CUDA: a launch is a call of the C++ form, and what only a GPU needs is left out."""
     names = {n: getattr(module, n) for n in dir(module) if not n.startswith("__")}
-    as_cuda = {f"{op}_cuda": lambda *given, host=names[f"{op}_cpu"]: host(*given[:-3]) for op in ("advantage", "surrogate")}
-    return lambda: (SimpleNamespace(**{**names, **as_cuda, "CUDA": True}), why)
+
+    def launch(call: Any) -> Any:
+        return lambda **given: call(**{k: v for k, v in given.items() if k not in ("workspace", "device", "stream", "wait")})
+
+    return SimpleNamespace(**names | {"CUDA": True} | {n: launch(names[n]) for n in ("group_advantage", "grpo_surrogate")})
+
+
+def _extension(found: tuple[Any, str]) -> Any:
+    module, why = found
+    return lambda: (module and as_gpu(module), why)
 
 
 @contextmanager
 def gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Marks]:
     """Within the context there is one GPU, of pretended memory."""
     marks = Marks()
+    for kept in (teacher.area_weights, teacher.time_weights, teacher.frame_of_tokens):
+        kept.cache_clear()  # what an earlier pretence left there has lost its marks
     nothing = lambda *_, **__: None  # noqa: E731
     properties = SimpleNamespace(
         name="Pretended GPU", total_memory=80 * 2**30, L2_cache_size=50 * 2**20, major=capability[0], minor=capability[1], multi_processor_count=132
@@ -280,6 +290,7 @@ def gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Marks]:
         shapes = {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}
         stack.enter_context(mock.patch.dict("torch.utils.checkpoint._allowed_determinism_checks_to_fns", shapes))
         stack.enter_context(mock.patch.object(extension, "load", _extension(extension.load())))
+        stack.enter_context(mock.patch.object(native, "_stream", lambda _: 0))
         functions = _Functions(marks)
         stack.enter_context(_Operations(marks, functions))
         stack.enter_context(functions)

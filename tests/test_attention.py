@@ -197,8 +197,9 @@ def test_xformers_is_kept_from_boolean_masks_for_diffusers_misreads_them(monkeyp
     [
         ((9, 0), (), (), "flash3"),
         ((9, 0), ("flash_attn_interface",), (), "hub_flash3"),
-        ((9, 0), ("flash_attn_interface", "kernels"), (), "sdpa_cudnn"),
-        ((9, 0), ("flash_attn_interface", "kernels"), ("_native_cudnn",), "flash2"),
+        ((9, 0), ("flash_attn_interface", "kernels"), (), "native"),
+        ((9, 0), ("flash_attn_interface", "kernels"), ("native",), "flash2"),
+        ((10, 0), (), ("_native_cudnn",), "flash2"),
         ((10, 0), (), (), "sdpa_cudnn"),
         ((8, 0), (), (), "flash2"),
         ((8, 9), ("flash_attn",), (), "hub_flash2"),

@@ -48,9 +48,10 @@ def test_kernels_fit_in_registers(tmp_path):
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """``setup.py build_ext`` in a copy of what it needs."""
+    """``setup.py build_ext`` in a copy of what it needs, which is made if it is not there."""
     for name in ("csrc", "ldo", "kernels", "recipes"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__"))
+        if not (folder / name).exists():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     env = {**os.environ, **environment}
@@ -73,9 +74,26 @@ def test_build_without_cuda_is_in_place_and_loads_without_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or NVCC is None, reason="no C++ compiler or no nvcc")
+def test_architectures_can_be_chosen_and_chosen_anew(tmp_path):
+    """In one build folder: the numbers in any order and once each, the newest also as PTX for GPUs to come."""
+    for chosen, said, flags in (
+        ("90", "sm_90", {"code=sm_90", "code=compute_90"}),
+        ("90;80;90", "sm_80, sm_90", {"code=sm_80", "code=sm_90", "code=compute_90"}),
+    ):
+        found = build(tmp_path, LDO_CUDA="1", CUDACXX=NVCC, LDO_CUDA_ARCHITECTURES=chosen)
+        assert found.returncode == 0 and re.search(rf", for {said}$", found.stderr, re.MULTILINE), found.stderr[-2000:]
+        (folder,) = (tmp_path / "build").glob("cmake-*-cuda")
+        written = "".join(p.read_text() for p in (*folder.glob("build.ninja"), *folder.glob("CMakeFiles/_C.dir/flags.make")))
+        assert set(re.findall(r"code=\w+", written)) == flags
+
+
 @pytest.mark.parametrize(
     "environment, words",
     [
+        ({"LDO_CUDA_ARCHITECTURES": "hopper"}, "not built: LDO_CUDA_ARCHITECTURES='hopper' is not a number like 90, or several like 80;90\n"),
+        ({"LDO_CUDA_ARCHITECTURES": "90;"}, "LDO_CUDA_ARCHITECTURES='90;' is not a number"),
         ({"LDO_CUDA": "yes"}, "LDO_CUDA='yes' is not one of 0, 1, auto"),
         ({"PATH": "/nonexistent", "CXX": "/nonexistent/c++", "LDO_CUDA": "0"}, "not built: (cmake is not installed|no C\\+\\+ compiler was found)"),
     ],

@@ -1,5 +1,6 @@
 """Processes: shares of work, flat gradient averaging and gathering, on two and three gloo ranks."""
 
+import pretend
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -26,6 +27,16 @@ def test_alone_nothing_is_exchanged():
 def test_sending_to_where_it_is_copies_nothing():
     x = torch.randn(3)
     assert distributed.send(x, torch.device("cpu")) is x
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x.expand(4, -1), lambda x: x[:, ::2], lambda x: x.T, lambda x: x[0, 3]], ids=["expanded", "strided", "transposed", "scalar"]
+)
+def test_any_view_can_be_sent(view):
+    x = view(torch.arange(6.0)[None])
+    with pretend.gpu():
+        there = distributed.send(x, torch.device("cuda"))
+        assert there.is_cuda and there.shape == x.shape and torch.equal(there.cpu(), x)
 
 
 @pytest.mark.gpu

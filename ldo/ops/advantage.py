@@ -51,35 +51,46 @@ def group_advantage(
     advantages are this rank's, statistics those of all groups, and the bits depend neither on how many ranks there are nor on
     which sample lies where (no gradient). ValueError on bad shapes and on a NaN or infinite reward, naming the sample (on every rank alike).
     """
-    rewards = rewards_NR[:, None] if rewards_NR.ndim == 1 else rewards_NR
-    if rewards.ndim != 2 or groups_N.shape != rewards.shape[:1] or not (rewards.numel() or (world and rewards.shape[1])):
-        raise ValueError(f"group_advantage: rewards [N, R] and groups [N] expected, got {tuple(rewards_NR.shape)} and {tuple(groups_N.shape)}")
+    shape = rewards_NR.shape
+    kinds = shape[1] if len(shape) > 1 else 1
+    if len(shape) not in (1, 2) or groups_N.shape != shape[:1] or not (rewards_NR.numel() or (world and kinds)):
+        raise ValueError(f"group_advantage: rewards [N, R] and groups [N] expected, got {tuple(shape)} and {tuple(groups_N.shape)}")
     if groups_N.is_floating_point() or groups_N.is_complex():
         raise ValueError(f"group_advantage: groups must be integers, got {groups_N.dtype}")
-    if groups_N.device != rewards.device:
-        raise ValueError(f"group_advantage: rewards are on {rewards.device}, groups on {groups_N.device}")
+    if groups_N.device != rewards_NR.device:
+        raise ValueError(f"group_advantage: rewards are on {rewards_NR.device}, groups on {groups_N.device}")
     if scale not in SCALES:
         raise ValueError(f"group_advantage: unknown scale {scale!r}; one of {', '.join(SCALES)}")
-    names, why = extension.forms(rewards)
+    names, why = extension.forms(rewards_NR)
     most = 0 if names[0] == "reference" else extension.load()[0].MAX_REWARDS
-    if rewards.shape[1] > most > 0:
-        names, why = ("reference",), f"plain PyTorch; the extension takes up to {most} rewards, these are {rewards.shape[1]}"
+    if kinds > most > 0:
+        names, why = ("reference",), f"plain PyTorch; the extension takes up to {most} rewards, these are {kinds}"
     impl = choose("group_advantage", impl, names, names[0], why)
-    if weights_R is not None and weights_R.shape != rewards.shape[1:]:
-        raise ValueError(f"group_advantage: {rewards.shape[1]} weights expected, got {tuple(weights_R.shape)}")
+    if weights_R is not None and weights_R.shape != (kinds,):
+        raise ValueError(f"group_advantage: {kinds} weights expected, got {tuple(weights_R.shape)}")
     if world is not None:
-        return _over_ranks(rewards, groups_N, world, lambda r, g: _advantage(r, g, weights_R, scale, clip, eps, impl))
-    return _advantage(rewards, groups_N, weights_R, scale, clip, eps, impl)
+        return _over_ranks(_columns(rewards_NR), groups_N, world, lambda r, g: _advantage(r, g, weights_R, scale, clip, eps, impl))
+    return _advantage(rewards_NR, groups_N, weights_R, scale, clip, eps, impl)
+
+
+def _columns(rewards: Tensor) -> Tensor:
+    return rewards[:, None] if rewards.ndim == 1 else rewards
 
 
 def _advantage(r: Tensor, groups: Tensor, weights: Tensor | None, scale: str, clip: float, eps: float, impl: str) -> tuple[Tensor, GroupStats]:
+    """``r``: [N] or [N, R]."""
     if impl == "reference":
-        return _reference(r, groups, weights, scale, clip, eps)
+        return _reference(_columns(r), groups, weights, scale, clip, eps)
     wide = r.dtype == torch.float64
     r = r if r.dtype in extension.DTYPES else r.double()
     if weights is not None:
-        weights = weights.detach().to(r.device, weights.dtype if weights.dtype in extension.DTYPES else torch.float64).contiguous()
-    advantage, mean, std, zero = native.advantage_op(r.contiguous(), groups.long().contiguous(), weights, SCALES.index(scale), clip, eps, wide)
+        weights = weights.detach() if weights.requires_grad else weights
+        weights = weights.to(r.device, weights.dtype if weights.dtype in extension.DTYPES else torch.float64).contiguous()
+    if native.direct(r) and not (r.requires_grad and torch.is_grad_enabled()):
+        call = native.advantage
+    else:
+        call, r = native.advantage_op, _columns(r)
+    advantage, mean, std, zero = call(r.contiguous(), groups.long().contiguous(), weights, SCALES.index(scale), clip, eps, wide)
     return advantage, GroupStats(mean, std, zero)
 
 

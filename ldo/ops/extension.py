@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INTERFACE = 1  # of csrc/module.cpp as ldo/ops/native.py calls it
+INTERFACE = 2  # of csrc/module.cpp as ldo/ops/native.py calls it
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # as csrc/arithmetic.h numbers them
 
 
@@ -38,7 +38,12 @@ def forms(tensor: Tensor) -> tuple[tuple[str, ...], str]:
     if tensor.device.type == "cpu":
         return ("cpp", "reference"), f"{why}, on the CPU"
     if tensor.device.type == "cuda" and module.CUDA:
-        return ("cuda", "reference"), f"{why}, on {torch.cuda.get_device_name(tensor.device)}"
+        return ("cuda", "reference"), f"{why}, on {_name(tensor.device)}"
     if tensor.device.type == "cuda":
         return ("reference",), "plain PyTorch; the extension was built without CUDA: LDO_CUDA=1 python setup.py build_ext"
     return ("reference",), f"plain PyTorch; the extension knows no {tensor.device.type} tensors"
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

@@ -37,7 +37,8 @@ from ldo.kernels.support import EPS, HUBER
 from ldo.ops.dispatch import as_given, choose_triton
 
 PENALTIES = ("hinge", "squared", "huber")
-PANEL = 512  # rows of the pair matrices that the chunked form holds at a time
+PANEL = 512  # rows of the pair matrices that the chunked form holds at a time on a CPU; on a GPU it holds PANEL_GPU pairs
+PANEL_GPU = 2**24
 
 
 def relation_loss(
@@ -127,11 +128,13 @@ def _coefficients(student: Tensor, frame: Tensor | None, weight: Tensor | None, 
     return factor.to(_accumulate(student))
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and 1 / norm, both 0 for zero vectors."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def _normalised(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Unit vectors, rounded once to the dtype of ``x``, and 1 / norm in ``dtype`` (that of ``x``), both 0 for zero vectors."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     inverse = torch.where(norm > EPS, 1 / norm.clamp_min(EPS), 0)
-    return x * inverse, inverse
+    if dtype in (None, x.dtype):
+        return x * inverse, inverse  # differentiable
+    return torch.mul(x, inverse, out=torch.empty_like(x)), inverse
 
 
 def _phi(d: Tensor, margin: float, penalty: str) -> Tensor:
@@ -192,35 +195,36 @@ class _MatMul(torch.autograd.Function):
 
 
 class _Chunked(torch.autograd.Function):
-    """Panels of ``PANEL`` rows, from the diagonal to the right edge; the gradient is made in the forward.
+    """Row panels, from the diagonal to the right edge; the gradient is made in the forward.
 
     Pairs are symmetric: a panel's square on the diagonal counts once, the rest twice, and its slopes serve its own rows
-    and, transposed, all rows below. Nothing of size N x N is made.
+    and, transposed, all rows below. Nothing of size N x N is made. On a GPU half-precision rows are multiplied as they came,
+    which rounds nothing, and the products scaled by 1 / norm in fp32.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, frame, weight, coefficients, margin, penalty):
-        dtype = _accumulate(student)
+        dtype, operand = _accumulate(student), _operand(student)
+        n = student.shape[1]
+        panel = max(256, min(2048, PANEL_GPU // n)) if student.is_cuda else PANEL
         loss = torch.zeros((), dtype=torch.float64, device=student.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(student, dtype=dtype) if wanted else None
         for b in range(len(student)):
-            x, inverse = _normalised(student[b].to(dtype))
-            y, _ = _normalised(teacher[b].to(dtype))
-            for start in range(0, len(x), PANEL):
-                rows, below = slice(start, start + PANEL), slice(start + PANEL, None)
-                d = x[rows] @ x[start:].T
-                d.addmm_(y[rows], y[start:].T, alpha=-1)
+            x, y = _Rows(student[b], dtype, operand), _Rows(teacher[b], dtype, operand)
+            for start in range(0, n, panel):
+                rows, below = slice(start, start + panel), slice(start + panel, None)
+                d = x.cosines(start, panel)
+                d -= y.cosines(start, panel)
                 pairs = _pair_weight(weight, frame, coefficients, b, rows, d)
                 terms = _phi(d, margin, penalty).mul_(pairs)
-                loss += terms[:, :PANEL].sum(dtype=torch.float64) + 2 * terms[:, PANEL:].sum(dtype=torch.float64)
+                loss += terms[:, :panel].sum(dtype=torch.float64) + 2 * terms[:, panel:].sum(dtype=torch.float64)
                 if wanted:
-                    g = _phi_slope(d, margin, penalty).mul_(pairs).mul_(2)
-                    gradient[b, rows].addmm_(g, x[start:])
-                    gradient[b, below].addmm_(g[:, PANEL:].T, x[rows])
+                    g = _phi_slope(d, margin, penalty).mul_(pairs).mul_(2 * n * n if x.half else 2).to(operand)
+                    _add_product(gradient[b, rows], g, x.unit[start:])
+                    _add_product(gradient[b, below], g[:, panel:].T, x.unit[rows])
             if wanted:
-                h = gradient[b]
-                h.sub_(x * (x * h).sum(-1, keepdim=True)).mul_(inverse)
+                _project(gradient[b], student[b], x.inverse, 1 / (n * n) if x.half else 1.0)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return loss.to(dtype)
@@ -229,6 +233,21 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         return _scaled(ctx, upstream), *[None] * 6
+
+
+class _Rows:
+    """The rows of one clip [N, D]: as unit vectors in the ``operand``'s precision, with their 1 / norm, and the cosines between them."""
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype, operand: torch.dtype):
+        self.raw, self.half = rows, operand != dtype
+        self.unit, self.inverse = _normalised(rows.to(operand), dtype)
+
+    def cosines(self, start: int, count: int) -> Tensor:
+        """Of ``count`` rows from ``start`` with all rows from there on, in fp32 (fp64)."""
+        rows, right = slice(start, start + count), slice(start, None)
+        if not self.half:
+            return self.unit[rows] @ self.unit[right].T
+        return _product(self.raw[None, rows], self.raw[None, right].mT)[0].mul_(self.inverse[rows]).mul_(self.inverse[right].T)
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -243,16 +262,15 @@ class _ClosedForm(torch.autograd.Function):
         dtype, operand = _accumulate(student), _operand(student)
         b, n, _ = student.shape
         x, y = student.to(operand), teacher.to(operand)
-        (unit_x, inverse_x), (unit_y, inverse_y) = _normalised(x.to(dtype)), _normalised(y.to(dtype))
-        rounded_x, rounded_y = unit_x.to(operand), unit_y.to(operand)
-        xx, yy, xy = (_product(u.mT, v) / n for u, v in ((rounded_x, rounded_x), (rounded_y, rounded_y), (rounded_x, rounded_y)))
+        (unit_x, inverse_x), (unit_y, inverse_y) = _normalised(x, dtype), _normalised(y, dtype)
+        xx, yy, xy = (_product(u.mT, v).div_(n) for u, v in ((unit_x, unit_x), (unit_y, unit_y), (unit_x, unit_y)))
         parts = [m.square().sum(dtype=torch.float64) for m in (xx, yy, xy)]
         gradient = None
         if ctx.needs_input_grad[0]:
             diagonal = xx.diagonal(dim1=-2, dim2=-1)
             diagonal -= diagonal.mean(-1, keepdim=True)
-            h = (_product_split(x, xx).mul_(inverse_x)).sub_(_product_split(y, xy.mT).mul_(inverse_y)).mul_(4 / (b * n))
-            gradient = h.sub_(unit_x * (unit_x * h).sum(-1, keepdim=True)).mul_(inverse_x)
+            gradient = _product_split(x, xx).mul_(inverse_x).addcmul_(_product_split(y, xy.mT), inverse_y, value=-1)
+            _project(gradient, x, inverse_x, 4 / (b * n))
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return ((parts[0] + parts[1] - 2 * parts[2]).clamp_min(0) / b).to(dtype)
@@ -288,10 +306,31 @@ def _product_split(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows matrix, where rounding the matrix to the rows' precision would lose too much of it: as the sum of two."""
     high = matrix.to(rows.dtype)
     whole = _product(rows, high)
-    return whole if high.dtype == matrix.dtype else whole.add_(_product(rows, (matrix - high).to(rows.dtype)))
+    if high.dtype != matrix.dtype:
+        for each, left, right in zip(whole, rows, (matrix - high).to(rows.dtype), strict=True):
+            _add_product(each, left, right)
+    return whole
+
+
+def _add_product(c: Tensor, a: Tensor, b: Tensor) -> None:
+    """c += a b for matrices, where a and b may be half precision and c is what they accumulate in."""
+    if not a.numel():
+        return
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.baddbmm(c[None], a[None], b[None], out_dtype=c.dtype, out=c[None])
+    else:
+        c.addmm_(a.to(c.dtype), b.to(c.dtype))
+
+
+def _project(h: Tensor, x: Tensor, inverse: Tensor, scale: float) -> None:
+    """The gradient of unit vectors to that of the rows ``x`` themselves, in place and times ``scale``: (h - u (u h)) / norm with u = x / norm."""
+    along = (x * h).sum(-1, keepdim=True).mul_(inverse).mul_(inverse)
+    h.addcmul_(x, along, value=-1).mul_(inverse * scale)
 
 
 def _scaled(ctx, upstream: Tensor) -> Tensor | None:
     """The saved gradient times what comes from above, scaled before it is rounded: in fp16 a loss scale must still act."""
     (gradient,) = ctx.saved_tensors
-    return (gradient * upstream).to(ctx.dtype) if gradient is not None else None
+    if gradient is None:
+        return None
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))

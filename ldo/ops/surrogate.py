@@ -66,17 +66,29 @@ def grpo_surrogate(
     if impl == "reference":
         return _reference(logp_NS, logp_old_NS, advantage_N.detach(), divergence_NS, clip, weight, kl)
 
-    def prepared(x: Tensor) -> Tensor:
-        return x.to(logp_NS).reshape(len(x), -1).contiguous()
-
-    logp = prepared(logp_NS)
-    old = torch.zeros_like(logp) if logp_old_NS is None else prepared(logp_old_NS.detach())
-    away = None if divergence_NS is None else prepared(divergence_NS)
-    steps = weight.detach().to(logp).expand(logp.shape[1]).contiguous() if isinstance(weight, Tensor) else None
-    found = native.surrogate_op(logp, old, advantage_N.detach().to(logp).contiguous(), away, steps, clip, 1.0 if steps is not None else weight, kl)
-    scalars, ratio, _ = found
+    direct = native.direct(logp_NS)
+    logp = _prepared(logp_NS, logp_NS, direct)
+    old = None if logp_old_NS is None else _prepared(_constant(logp_old_NS), logp, direct)
+    away = None if divergence_NS is None else _prepared(divergence_NS, logp, direct)
+    advantage = _prepared(_constant(advantage_N), logp, True)
+    steps = _constant(weight).to(logp).expand(shape[1] if len(shape) == 2 else 1).contiguous() if isinstance(weight, Tensor) else None
+    given = (logp, old, advantage, away, steps, clip, 1.0 if steps is not None else weight, kl)
+    if direct:
+        total, policy, divergence, clipped, ratio = native.surrogate(*given)
+        return Surrogate(total, policy, divergence, ratio, clipped)
+    scalars, ratio, _ = native.surrogate_op(*given)
     total, policy, divergence, clipped = scalars.unbind()
     return Surrogate(total, policy, divergence, ratio.view(shape), clipped.detach())
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
+def _prepared(x: Tensor, like: Tensor, keep_shape: bool) -> Tensor:
+    """As a kernel reads it, and for the custom op always [N, S]."""
+    x = x.to(like) if x.dtype != like.dtype or x.device != like.device else x
+    return (x if keep_shape or x.ndim == 2 else x[:, None]).contiguous()
 
 
 def _reference(logp: Tensor, old: Tensor | None, advantage: Tensor, away: Tensor | None, clip: float, weight: float | Tensor, kl: float) -> Surrogate:

@@ -1,5 +1,7 @@
 """The baselines compute what the operations do: against the reference forms in fp64, values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +10,19 @@ from ldo.ops import predictive_residual, relation_loss
 
 FRAMES, PER_FRAME = 3, 5
 PENALTIES = [{"margin": 0.1, "penalty": "hinge"}, {"margin": 0.05, "penalty": "squared"}, {"margin": 0.0, "penalty": "squared"}]
+
+RELATION = {
+    "dense": baselines.dense,
+    "checkpoint": lambda **o: baselines.checkpointed(**o, rows=4),
+    "chunk + compile": lambda **o: baselines.checkpointed(**o, rows=4, compiled=True),
+    "panels": lambda **o: baselines.panels(**o, rows=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch):
+    """torch.compile runs the same code here: what it computes is at stake, not how fast."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
 
 
 def inputs(b=2, n=FRAMES * PER_FRAME, d=6, e=4, dtype=torch.float64):
@@ -35,8 +50,8 @@ def same(found, expected, tolerance=1e-11):
 @pytest.mark.parametrize("options", PENALTIES, ids=str)
 @pytest.mark.parametrize("framed", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("make", [baselines.dense, lambda **o: baselines.checkpointed(**o, rows=4)], ids=["dense", "checkpoint"])
-def test_dense_and_checkpoint(make, options, framed, weighted):
+@pytest.mark.parametrize("make", RELATION.values(), ids=RELATION)
+def test_relation(make, options, framed, weighted):
     x, y, frame, weight = inputs()
     rest = (y, frame if framed else None, weight if weighted else None)
     shares = {"spatial": 0.7, "temporal": 0.4}
@@ -80,7 +95,8 @@ def test_gradient_of_some_rows(options, framed, weighted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_stays_near(dtype):
     x, y, frame, weight = inputs(n=300, d=48, e=32, dtype=dtype)
-    for loss in (baselines.dense(margin=0.1, penalty="hinge"), baselines.checkpointed(margin=0.1, penalty="hinge", rows=128)):
+    makes = (baselines.dense, partial(baselines.checkpointed, rows=128), partial(baselines.panels, rows=128))
+    for loss in (make(margin=0.1, penalty="hinge") for make in makes):
         found = loss(x, y, frame, weight)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), reference(margin=0.1)(x.double(), y.double(), frame, weight), rtol=2e-2, atol=0)
@@ -93,7 +109,18 @@ def test_residual(metric, length):
     z, h = (torch.randn(12, 7, generator=g, dtype=torch.float64) for _ in range(2))
     cuts = torch.arange(0, 13, length)
     expected = value_and_gradient(lambda x: predictive_residual(x, h, segments=cuts, metric=metric, impl="reference"), z)
-    same(value_and_gradient(lambda x: baselines.residual(x, h, cuts, metric=metric), z), expected)
+    for widen in (True, False):
+        same(value_and_gradient(lambda x, widen=widen: baselines.residual(x, h, cuts, metric=metric, widen=widen), z), expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2"])
+def test_residual_without_widening_stays_near(metric):
+    g = torch.Generator().manual_seed(1)
+    z, h = (torch.randn(64, 256, generator=g).bfloat16() for _ in range(2))
+    cuts = torch.arange(0, 65, 16)
+    found = baselines.residual(z, h, cuts, metric=metric, widen=False)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, baselines.residual(z, h, cuts, metric=metric), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l1", "l2"])

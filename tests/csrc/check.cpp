@@ -92,7 +92,8 @@ void check_advantage(int number) {
   if (trouble == 1) std::shuffle(ids.begin(), ids.end(), rng);
   const bool ordered = std::is_sorted(ids.begin(), ids.end());
   auto weights = draw<double>(kinds);
-  Advantage a{rewards.data(), type_of<T>, ids.data(), integer(0, 1) ? weights.data() : nullptr, FLOAT64, n, kinds, Scale(integer(0, 2)), 2.5, 1e-4, type_of<O>};
+  Advantage a{rewards.data(), type_of<T>, ids.data(), integer(0, 1) ? weights.data() : nullptr, FLOAT64, n, kinds, Scale(integer(0, 2)),
+              2.5, 1e-4, type_of<O>};
 
   Outputs<O> cpu(n, kinds);
   cpu.into(a);
@@ -112,15 +113,16 @@ void check_advantage(int number) {
 
 template <class T>
 void check_surrogate(int number) {
-  const int64_t n = integer(1, 900), steps = integer(1, 5);
+  const int64_t n = integer(1, integer(0, 2) ? 900 : 4000), steps = integer(1, 5);  // up to more chunks than a block has warps
   auto logp = draw<T>(n * steps), old = logp, advantage = draw<T>(n), divergence = draw<T>(n * steps), weights = draw<T>(steps);
   for (auto& x : old) x += static_cast<T>(0.05 * normal());
-  Surrogate s{type_of<T>, logp.data(), old.data(), advantage.data(), integer(0, 1) ? divergence.data() : nullptr,
+  const bool has_old = integer(0, 3), has_slope = integer(0, 3);
+  Surrogate s{type_of<T>, logp.data(), has_old ? old.data() : nullptr, advantage.data(), integer(0, 1) ? divergence.data() : nullptr,
               integer(0, 1) ? weights.data() : nullptr, n, steps, 0.1, 1.5, 0.5};
   std::vector<T> out[2][3];
   for (int form = 0; form < 2; ++form) {
     out[form][0].assign(4, T(-99)), out[form][1].assign(n * steps, T(-99)), out[form][2].assign(n * steps, T(-99));
-    s.scalars = out[form][0].data(), s.ratio = out[form][1].data(), s.slope = out[form][2].data();
+    s.scalars = out[form][0].data(), s.ratio = out[form][1].data(), s.slope = has_slope ? out[form][2].data() : nullptr;
     if (form)
       emulate::surrogate<T>(s, integer(1, 2), number);
     else

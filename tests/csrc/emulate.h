@@ -1,4 +1,4 @@
-// Runs a kernel body of csrc/kernels.h on the host: one fiber a thread, woken in random order, real barriers. A barrier that
+// Runs a kernel's body (csrc/*_kernel.h) on the host: one fiber a thread, woken in random order, real barriers. A barrier that
 // not all threads reach, or a warp operation that not all lanes join, ends the program with a message instead of hanging.
 #pragma once
 
@@ -11,7 +11,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels.h"
+#include "advantage_kernel.h"
+#include "surrogate_kernel.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -142,7 +143,7 @@ class Grid {
   void* main_fake_ = nullptr;
 };
 
-// The device interface of kernels.h for one thread.
+// The device interface of csrc/warp.h for one thread.
 struct Device {
   Grid* g;
   int block_, thread_;
@@ -154,8 +155,8 @@ struct Device {
   void sync_warp() const { g->wait(w().barrier); }
   void sync_block() const { g->wait(g->block(block_)); }
   void sync_grid() const { g->wait(g->grid()); }
-  double swap(double x, int mask) const { return exchange(w().doubles, x, mask); }
-  int64_t swap(int64_t x, int mask) const { return exchange(w().integers, x, mask); }
+  double shuffle_xor(double x, int mask) const { return exchange(w().doubles, x, mask); }
+  int64_t shuffle_xor(int64_t x, int mask) const { return exchange(w().integers, x, mask); }
   uint32_t ballot(bool x) const {
     w().flags[lane()] = x;
     sync_warp();
@@ -179,19 +180,19 @@ struct Device {
 template <class T>
 void advantage(const ldo::Advantage& a, int blocks, unsigned seed) {
   ldo::Workspace w;
-  std::vector<char> memory(w.lay(nullptr, a.samples, a.kinds), char(0xA5));  // what a fresh buffer may hold
-  w.lay(memory.data(), a.samples, a.kinds);
+  std::vector<char> memory(w.layout(nullptr, a.samples, a.kinds, blocks), char(0xA5));  // what a fresh buffer may hold
+  w.layout(memory.data(), a.samples, a.kinds, blocks);
   std::vector<ldo::Shared> shared(blocks);
   std::memset(static_cast<void*>(shared.data()), 0xA5, shared.size() * sizeof(ldo::Shared));
   Grid grid(blocks, seed);
-  grid.run([&](int block, int thread) { ldo::advantage_body<Device, T>(Device{&grid, block, thread}, a, w, shared[block]); });
+  grid.run([&](int block, int thread) { ldo::AdvantageKernel<Device, T>(Device{&grid, block, thread}, a, w, shared[block]).run(); });
 }
 
 template <class T>
 void surrogate(const ldo::Surrogate& s, int blocks, unsigned seed) {
-  std::vector<double> parts(ldo::chunks_of(s.samples * s.steps) * 4, -1e300);
-  Grid grid(blocks, seed);
-  grid.run([&](int block, int thread) { ldo::surrogate_body<Device, T>(Device{&grid, block, thread}, s, parts.data()); });
+  std::vector<double> workspace(ldo::parts_in_workspace(ldo::chunks_of(s.samples * s.steps)), -1e300), shared(ldo::WARPS * ldo::PARTS, -1e300);
+  Grid grid(workspace.empty() ? 1 : blocks, seed);  // as a launch has it: one block where its warps suffice
+  grid.run([&](int block, int thread) { ldo::SurrogateKernel<Device, T>(Device{&grid, block, thread}, s, shared.data(), workspace.data()).run(); });
 }
 
 }  // namespace emulate

@@ -86,15 +86,15 @@ def row_specs() -> list[aot.Spec]:
     project = {"upstream": fp32, "product": fp32, "scale": fp32, "student": x, "gradient": x, "rows": "i32", "N": "i32"}
     optional = dict.fromkeys((*weighted, *framed, "unit"))
 
-    def spec(name, kernel, signature, warps=4, **constants):
+    def spec(name, kernel, signature, warps=4, options=None, **constants):
         pointers = tuple(k for k, v in signature.items() if v.startswith("*"))
         kernel = "ldo.kernels.relation_" + kernel
-        return aot.Spec(name, kernel, signature, constants, pointers, warps)
+        return aot.Spec(name, kernel, signature, constants, pointers, warps, options=options or {})
 
     def prepared(name, signature):
         left = {k: v for k, v in optional.items() if k not in signature}
         sizes = {"D": 1920, "E": 1024, "TOKENS": 16, "BLOCK": 512, "SCAN": relation_plan.SCAN, "SKIP": 128, "EPS": EPS}
-        return spec(name, "prepare:prepare_kernel", prepare | signature, 8, **sizes, **left)
+        return spec(name, "prepare:prepare_kernel", prepare | signature, 8, {"maxnreg": relation_plan.PREPARE_REGISTERS}, **sizes, **left)
 
     return [
         prepared("prepare", {}),

@@ -358,7 +358,7 @@ def row_specs(features, dtype, metric):
     """The row kernels as ``launch_rows``, with and without statistics, and ``launch_gradients`` launch them on contiguous inputs."""
     constants = {"predicted_stride": features, "target_stride": features, "D": features, "METRIC": metric, "NORM_Z": True}
     constants |= {"K": residual_rows.K[metric]}
-    forward = constants | {"NORM_H": True, "TOGETHER": True}
+    forward = constants | {"NORM_H": True, "FUSE_SUMS": True}
     rows = {"predicted": TYPES[dtype], "target": TYPES[dtype], "residual": "*fp32", "M": "i32"}
     keep = rows | {"statistics": "*fp32"}
     fp32 = dict.fromkeys(("upstream", "weight", "statistics", "total"), "*fp32")

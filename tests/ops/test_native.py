@@ -1,15 +1,20 @@
 """The extension under torch: large and odd groups against the reference, opcheck, torch.compile, gradients, and that bad tensors are refused."""
 
+import itertools
 import logging
 import sys
+import time
 import types
 
 import forms
+import pretend
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldo.ops import dispatch, extension, group_advantage, native
+from ldo.ops import dispatch, extension, group_advantage, grpo_surrogate, native
 
 CHUNK = 1024  # csrc/arithmetic.h: where a group counts as large
 needs_extension = pytest.mark.skipif(extension.load()[0] is None, reason=extension.load()[1])
@@ -167,6 +172,172 @@ def test_public_functions_compile_as_they_are(form):
 
 
 @needs_extension
+def test_a_traced_call_stays_one_operation():
+    rewards, ids = draw([3, 1, 4])
+    logp, advantage = torch.randn(8, 1), torch.randn(8)
+
+    def both(r, x):
+        return group_advantage(r, ids, impl="cpp")[0] + grpo_surrogate(x, None, advantage, clip=0.1, impl="cpp").total
+
+    traced = make_fx(both)(rewards, logp)
+    called = {str(n.target) for n in traced.graph.nodes if n.op == "call_function"}
+    assert {"ldo.group_advantage.default", "ldo.grpo_surrogate.default"} <= called
+    assert torch.equal(traced(rewards * 2, logp + 0.01), both(rewards * 2, logp + 0.01))
+
+
+class Operations(TorchDispatchMode):
+    """The names of the aten operations that reach a backend."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        self.names.append(function.name().removeprefix("aten::"))
+        return function(*args, **kwargs or {})
+
+
+def caller(name, impl, device):
+    """One call of an operation at a common size."""
+    rewards, ids = draw([16] * 4, r=1, device=device)
+    logp, old, away = (torch.randn(64, 1, device=device) for _ in range(3))
+    advantage, flat = torch.randn(64, device=device), rewards[:, 0].clone()
+    logp.requires_grad_(name == "grpo_surrogate and backward")
+
+    def surrogate():
+        return grpo_surrogate(logp, old, advantage, away, clip=0.1, kl=0.1, weight=1.5, impl=impl).total
+
+    def step():
+        logp.grad = None
+        surrogate().backward()
+
+    return {"group_advantage": lambda: group_advantage(flat, ids, impl=impl), "grpo_surrogate": surrogate, "grpo_surrogate and backward": step}[name]
+
+
+CALLS = {"group_advantage": 6, "grpo_surrogate": 3, "grpo_surrogate and backward": 12}  # and how many aten operations each may dispatch
+
+
+@FORMS
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_dispatches_few_operations(form, name):
+    """Each costs the host microseconds, which at these sizes is all that a call costs."""
+    call = caller(name, form, forms.device_of(form))
+    call()
+    with Operations() as seen:
+        call()
+    assert len(seen.names) <= CALLS[name], seen.names
+    assert not any(n.startswith("ldo::") or "zeros" in n or "copy" in n for n in seen.names), seen.names
+
+
+@FORMS
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_takes_the_host_less_than_the_reference(form, name):
+    """It takes half or a quarter of that. The least of many is free of what else the machine does."""
+    found = {}
+    pair = {impl: caller(name, impl, forms.device_of(form)) for impl in (form, "reference")}
+    for _ in range(200):
+        for impl, call in pair.items():
+            began = time.perf_counter()
+            call()
+            found[impl] = min(found.get(impl, 1e9), time.perf_counter() - began)
+    assert found[form] < found["reference"], found
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """CPU tensors pass for those of GPU 3. What each launch is given is kept here; the CPU does it."""
+    fake, kept = pretend.as_gpu(extension.load()[0]), []
+
+    def recorded(call):
+        return lambda **given: kept.append(given) or call(**given)
+
+    fake.group_advantage, fake.grpo_surrogate = recorded(fake.group_advantage), recorded(fake.grpo_surrogate)
+    fake.advantage_workspace, fake.surrogate_workspace = lambda n, r: 4096, lambda n, s: 1024 if n * s > 8192 else 0
+    monkeypatch.setattr(native, "_module", lambda: fake)
+    monkeypatch.setattr(native, "_index", lambda *_: 3)
+    monkeypatch.setattr(native, "_stream", lambda index: 70 + index)
+    return kept
+
+
+@needs_extension
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [3, 4, 6], [16] * 100])
+def test_one_launch_with_one_wait_has_all_it_needs(launches, monkeypatch, sizes, shuffle, wide):
+    """Scratch memory, the info and the results are apart and aligned; unordered ids take a second launch."""
+    rewards, ids = draw(sizes, dtype=torch.float64, shuffle=shuffle)
+    found = native.advantage(rewards, ids, None, 0, 5.0, 1e-4, wide)
+    assert len(launches) == 1 + bool(shuffle and len(sizes) > 1)
+    for given in launches:
+        assert (given["device"], given["stream"], given["wait"]) == (3, 73, True)
+        size, n, r = 8 if wide else 4, *rewards.shape
+        taken = sorted([(given["mean"], n * r * size), (given["deviation"], n * r * size), (given["info"], 24), (given["workspace"], 4096)])
+        assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(taken))
+        assert given["info"] % 8 == given["workspace"] % 16 == 0
+    monkeypatch.undo()
+    expected = native.advantage(rewards, ids, None, 0, 5.0, 1e-4, wide)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("n", [5, 9000])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_launch_of_the_surrogate_takes_no_more_than_it_needs(launches, n, grad):
+    """No log-probs of zero, no slopes without a gradient, no scratch memory where one block does."""
+    native.surrogate(torch.randn(n, requires_grad=grad), None, torch.randn(n), None, None, 0.1, 1.0, 0.0)
+    (given,) = launches
+    assert given["logp_old"] == given["divergence"] == given["weights"] == 0 and (given["device"], given["stream"]) == (3, 73)
+    assert bool(given["slope"]) == grad and bool(given["workspace"]) == (n > 8192)
+
+
+@needs_extension
+def test_results_that_are_kept_hold_no_large_buffer_and_can_be_saved(tmp_path):
+    rewards, ids = draw([16] * 5000)
+    a, stats = group_advantage(rewards, ids, impl="cpp")
+    for x in (a, *vars(stats).values()):
+        assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    few = group_advantage(rewards[:64], ids[:64], impl="cpp")
+    torch.save([few[0], *vars(few[1]).values()], tmp_path / "kept.pt")
+    assert all(x.untyped_storage().nbytes() <= 2048 for x in torch.load(tmp_path / "kept.pt"))
+
+
+@needs_extension
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("which", ["total", "policy", "divergence", "ratio", "all"])
+def test_the_call_as_it_is_and_the_custom_op_give_the_same_bits(weighted, which):
+    g = torch.Generator().manual_seed(0)
+    logp, old, away = (0.1 * torch.randn(40, 3, generator=g) for _ in range(3))
+    advantage, steps = torch.randn(40, generator=g), torch.rand(3, generator=g) if weighted else None
+
+    def run(call):
+        x, d = logp.clone().requires_grad_(), away.clone().requires_grad_()
+        total, policy, divergence, clipped, ratio = call(x, old, advantage, d, steps, 0.05, 1.0 if weighted else 1.7, 0.3)
+        parts = {"total": total, "policy": policy, "divergence": divergence, "ratio": (ratio**2).sum()}
+        loss = sum(parts.values()) if which == "all" else parts[which]
+        assert not clipped.requires_grad
+        return total, policy, divergence, clipped, ratio, *torch.autograd.grad(loss, (x, d), allow_unused=True)
+
+    def custom(*given):
+        scalars, ratio, _ = native.surrogate_op(*given)
+        return *scalars.unbind()[:3], scalars[3].detach(), ratio
+
+    for a, b in zip(run(native.surrogate), run(custom), strict=True):
+        assert torch.equal(b, torch.zeros_like(b) if a is None else a)  # None where the custom op gives zeros
+
+
+@needs_extension
+def test_gradients_of_the_call_as_it_is():
+    logp, old, away = (0.1 * torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
+    advantage, steps = torch.randn(4, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+
+    def scalars_and_ratio(x, d):
+        total, policy, divergence, _, ratio = native.surrogate(x, old, advantage, d, steps, 0.02, 1.0, 0.3)
+        return total, policy, divergence, ratio
+
+    assert torch.autograd.gradcheck(scalars_and_ratio, (logp.requires_grad_(), away.requires_grad_()), eps=1e-7)
+
+
+@needs_extension
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -209,17 +380,38 @@ def test_no_pointer_of_the_surrogate_is_passed_unchecked(position, value, messag
         native.surrogate_op(*given, 0.1, 1.0, 0.0)
 
 
+# what the module takes, with addresses that it refuses to follow only where they are 0
+ADVANTAGE = dict(rewards=1, rewards_type=0, ids=1, samples=4, kinds=1, scale=0, clip=5.0, eps=1e-4, out_type=0)
+ADVANTAGE |= dict(advantage=1, mean=1, deviation=1, zero=1)
+SURROGATE = dict(type=0, logp=1, advantage=1, samples=4, steps=1, clip=0.1, weight=1.0, kl=0.0, scalars=1, ratio=1)
+
+
 @needs_extension
 def test_the_module_checks_what_it_can_itself():
     module = extension.load()[0]
     with pytest.raises(ValueError, match="a pointer is null"):
-        module.advantage_cpu(0, 0, 0, 0, 0, 4, 1, 0, 5.0, 1e-4, 0, 0, 0, 0, 0, 0)
+        module.group_advantage(**ADVANTAGE | {"mean": 0})
     with pytest.raises(ValueError, match="1 to 32 rewards"):
-        module.advantage_cpu(1, 0, 1, 0, 0, 4, 99, 0, 5.0, 1e-4, 0, 1, 1, 1, 1, 1)
+        module.group_advantage(**ADVANTAGE | {"kinds": 99})
+    with pytest.raises(ValueError, match="unknown scale"):
+        module.group_advantage(**ADVANTAGE | {"scale": 3})
+    with pytest.raises(ValueError, match="only float64 rewards"):
+        module.group_advantage(**ADVANTAGE | {"out_type": 1})
+    with pytest.raises(ValueError, match="a pointer is null" if module.CUDA else "built without CUDA|a pointer is null"):
+        module.group_advantage(**ADVANTAGE | {"device": 0})
+    with pytest.raises(ValueError, match="the device is negative" if module.CUDA else "built without CUDA"):
+        module.group_advantage(**ADVANTAGE | {"device": -2, "info": 1, "workspace": 1})
     with pytest.raises(ValueError, match="only float32 and float64"):
-        module.surrogate_cpu(2, 1, 1, 1, 0, 0, 4, 1, 0.1, 1.0, 0.0, 1, 1, 1)
+        module.grpo_surrogate(**SURROGATE | {"type": 2})
+    with pytest.raises(ValueError, match="a pointer is null"):
+        module.grpo_surrogate(**SURROGATE | {"ratio": 0})
+    with pytest.raises(ValueError, match="at least one sample and one step"):
+        module.grpo_surrogate(**SURROGATE | {"steps": 0})
+    for wrong in ({"rewards": -1}, {"reward": 1}, {"clip": None}):
+        with pytest.raises(TypeError):
+            module.group_advantage(**ADVANTAGE | wrong)
     with pytest.raises(TypeError):
-        module.advantage_cpu(-1)
+        module.group_advantage(*ADVANTAGE.values())
 
 
 @needs_extension
@@ -232,7 +424,8 @@ def test_without_a_driver_the_module_loads_and_says_so():
         module.devices()
     memory = torch.zeros(1 << 20, dtype=torch.uint8).data_ptr()
     with pytest.raises(RuntimeError, match=r"group_advantage: CUDA error (35|100), \w+"):
-        module.advantage_cuda(memory, 0, memory, 0, 0, 4, 1, 0, 5.0, 1e-4, 0, *[memory] * 5, memory, 0, 0)
+        places = dict.fromkeys(("rewards", "ids", "advantage", "mean", "deviation", "zero", "info", "workspace"), memory)
+        module.group_advantage(**ADVANTAGE | places | {"device": 0})
 
 
 @pytest.mark.parametrize(

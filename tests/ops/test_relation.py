@@ -194,6 +194,18 @@ def test_chunked_never_holds_all_pairs(monkeypatch):
     assert largest["reference"] >= 400 * 400 and largest["chunked"] <= 32 * 400
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("penalty", relation.PENALTIES)
+def test_chunked_on_tensor_cores(monkeypatch, kind, penalty):
+    """The roundings of a GPU, made here: rows as they came and slopes in half precision, sums in fp32."""
+    monkeypatch.setattr(relation, "_operand", lambda student: student.dtype)
+    monkeypatch.setattr(relation, "PANEL", 100)
+    student, teacher, options = inputs(2, 330, d=64, e=48, dtype=kind)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", penalty=penalty, **options)
+    loss, gradient = loss_and_gradient(student, teacher, 900.0, impl="chunked", penalty=penalty, **options)
+    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient, slope) <= 4e-3
+
+
 SQUARES = {"penalty": "squared", "margin": 0.0}  # over all pairs alike: no pair need be visited
 
 
