@@ -117,6 +117,11 @@ def _values(r: Recipe) -> None:
         f"rl.guidance is {rl.guidance}; {rl.objective} trains the unguided velocity on the samples: set it to 1",
     )
     _require(rl.eta > 0, f"rl.eta is {rl.eta}; without noise a group has nothing to compare")
+    _require(
+        r.teacher.projector == "none" or not rl.align_weight or "reinforce" not in r.stages or "align" in r.stages,
+        f"teacher.projector is {r.teacher.projector} and rl.align_weight {rl.align_weight:g}, but stages has no align to train that projector: "
+        "add align to stages, or set teacher.projector=none",
+    )
     total = r.evaluate.count * r.evaluate.seeds
     _require(
         total % r.evaluate.batch == 0,

@@ -97,7 +97,7 @@ class Teacher:
     penalty: Literal["hinge", "squared", "huber"] = "hinge"
     spatial: float = 0.5
     temporal: float = 0.5
-    projector: Literal["none", "mlp"] = "none"
+    projector: Literal["none", "mlp"] = "none"  # of hidden states, before their geometry is compared: trained in stage 1, frozen in stage 2
     weight: float = 0.5  # of L_PDA beside the flow loss
 
 

@@ -278,7 +278,7 @@ class Plan:
         step = self.step(micro, True, rl.guidance)
         phases.append(Phase(f"train on {micro}", self._resident(), adapter, held + 2 * micro * self.latents, passes.training_bytes(step)))
         if rl.align_weight or rl.flow_weight:
-            extra = self.align("align")[0][-2]
+            extra = self.align("align" if rl.align_weight else "sft")[0][-2]
             phases.append(dataclasses.replace(extra, name="clips beside", adapter=adapter, held=extra.held + held))
         phases.append(Phase("optimizer step", self._resident(), adapter, held, self.lora if self.gpus > 1 else 0))
         return phases, 2 * self.lora + self._texts

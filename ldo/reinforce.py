@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from ldo.run import Run
 from ldo.sandbox.dataset import prompt_of
 from ldo.sandbox.measure import measure
 from ldo.sandbox.observe import Prompt
+from ldo.teacher import Aligner
 from ldo.update import TrainingError, adamw, apply
 
 
@@ -237,21 +239,37 @@ def _level_losses(
                 yield objectives.awm(v, v_old, v_ref, noise, x0, t_B, advantage, bound=rl.advantage_clip, kl=rl.kl)
 
 
-def start_values(run: Run) -> dict[str, Tensor]:
-    """The adapter that stage 2 goes on from: stage 1's last checkpoint, or a fresh one if there was no stage 1."""
+def stage_one(run: Run) -> dict[str, Any] | None:
+    """The last checkpoint of the finished stage 1; None if this run has no stage 1."""
     if "align" not in run.recipe.stages:
-        return run.fresh
+        return None
     state = checkpoint.load(run.checkpoint("align"))
     if state is None or state["step"] < run.recipe.align.steps:
         raise TrainingError("stage 2 needs the checkpoint of a finished stage 1; run the align stage first")
-    return {k: v.to(run.world.device) for k, v in state["lora"].items()}
+    return state
+
+
+def start_values(run: Run, state: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The adapter that stage 2 goes on from: stage 1's, or a fresh one if there was no stage 1."""
+    return run.fresh if state is None else {k: v.to(run.world.device) for k, v in state["lora"].items()}
+
+
+def start_aligner(run: Run, state: dict[str, Any] | None) -> Aligner | None:
+    """L_PDA beside the reward; None where its weight is 0. Its projector is frozen as stage 1 left it."""
+    if not run.recipe.rl.align_weight:
+        return None
+    aligner = align.make_aligner(run)
+    if run.recipe.teacher.projector != "none":  # ldo.check has seen to it that there was a stage 1
+        aligner.load_state_dict(state["aligner"])
+    return aligner.requires_grad_(False)
 
 
 def train(run: Run) -> dict[str, Tensor]:
     """Run stage 2; returns and exports the averaged adapter values."""
     recipe, rl, world = run.recipe, run.recipe.rl, run.world
     parameters = run.parameters
-    reference = start_values(run)
+    state = stage_one(run)
+    reference, aligner = start_values(run, state), start_aligner(run, state)
     lora.restore(parameters, reference)
     average = {k: v.clone() for k, v in reference.items()}
     trained = list(parameters.values())
@@ -267,7 +285,7 @@ def train(run: Run) -> dict[str, Tensor]:
     with Bar("reinforce", rl.updates, update, world.first) as bar:
         while update < rl.updates and not stopped:
             rollout, figures = collect(run, update, reference)
-            figures |= learn(run, rollout, update, optimizer, reference)
+            figures |= learn(run, rollout, update, optimizer, reference, aligner)
             update += 1
             if update % rl.ema_every == 0:
                 n = update // rl.ema_every - 1
@@ -288,12 +306,14 @@ def train(run: Run) -> dict[str, Tensor]:
     return average
 
 
-def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimizer, reference: dict[str, Tensor]) -> dict[str, float]:
-    """The optimizer steps on one rollout; returns their mean figures."""
+def learn(
+    run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimizer, reference: dict[str, Tensor], aligner: Aligner | None = None
+) -> dict[str, float]:
+    """The optimizer steps on one rollout; returns their mean figures. ``aligner``: ``start_aligner``'s."""
     rl, parameters = run.recipe.rl, run.parameters
     trained = list(parameters.values())
     old = lora.snapshot(parameters) if rl.objective != "grpo" else {}
-    aligner = align.make_aligner(run) if rl.align_weight or rl.flow_weight else None
+    assert aligner is not None or not rl.align_weight, "rl.align_weight needs start_aligner's aligner"
     sums: dict[str, float] = {}
     steps = 0
     for epoch in range(rl.epochs):
@@ -309,7 +329,7 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
                     raise TrainingError(f"update {update}: the policy ratio is off 1 by {worst:.1e} before any step; rollout and update disagree")
                 for key, value in zip(("policy_loss", "kl", "clipped", "ratio_off"), found, strict=True):
                     sums[key] = sums.get(key, 0.0) + value / (parts * rl.minibatches * rl.epochs)
-            if aligner is not None:
+            if rl.align_weight or rl.flow_weight:
                 extra_losses(run, aligner, (update * rl.epochs + epoch) * rl.minibatches + number)
             where = f"update {update}, groups {groups}"
             if any(p.grad is not None for p in trained) or run.world.size > 1:
@@ -320,7 +340,7 @@ def learn(run: Run, rollout: Rollout, update: int, optimizer: torch.optim.Optimi
     return sums
 
 
-def extra_losses(run: Run, aligner: align.Aligner, index: int) -> None:
+def extra_losses(run: Run, aligner: Aligner | None, index: int) -> None:
     """Gradients of L_PDA and of the flow loss on clips, at stage 2's weights for them."""
     recipe, clips = run.recipe, align.prepare(run)
     batch = recipe.align.batch

@@ -69,6 +69,7 @@ def fails(capsys, *argv):
         ("evaluate.batch=3", ["evaluate.batch is 3", "divide"]),
         ("rl.sampler=cps rl.eta=1.0", ["rl.eta", "(0, 1)"]),
         ("rl.objective=nft rl.guidance=2.0", ["rl.guidance", "nft"]),
+        ("teacher.projector=mlp rl.align_weight=0.1 stages=[reinforce]", ["projector is mlp", "rl.align_weight 0.1", "add align to stages"]),
         ("name=a/b", ["name is 'a/b'"]),
         ("data.buckets=[[17,32,32]]", ["data.buckets sorts videos of your own"]),
         ("data.videos=films data.buckets=[[17,32]]", ["data.buckets: [17, 32] is not a size; write [frames, height, width]"]),
@@ -136,6 +137,19 @@ def test_prompts(capsys, recipe, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     assert "holds no prompts" in fails(capsys, recipe(), f"data.prompts={empty}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rl.align_weight=0.1 stages=[align,reinforce]",
+        "rl.align_weight=0.1 stages=[align]",
+        "rl.flow_weight=0.1 stages=[reinforce]",
+        "rl.align_weight=0.1 stages=[reinforce] teacher.projector=none",
+    ],
+)
+def test_a_projector_is_refused_only_where_stage_two_would_lack_it(recipe, change):
+    assert check_main([recipe(teacher__projector="mlp"), *change.split(), "--no-models"]) == 0
 
 
 def test_sound_recipe(capsys, recipe, videos):

@@ -288,6 +288,14 @@ def test_guidance_trains_through_two_passes(plan):
     assert 1.9 < work(rl__guidance=3.0) / work() < 2.1
 
 
+def test_clips_beside_the_rollout_take_what_their_losses_do_in_stage_one(plan):
+    def phase(stage, begins, **changes):
+        return next(p for s in plan(stages=[stage], **changes).stages() if s.name == stage for p in s.phases if p.name.startswith(begins))
+
+    flow, both = (phase("reinforce", "clips beside", **{f"rl__{key}_weight": 0.1}) for key in ("flow", "align"))
+    assert flow.work == phase("sft", "train on").work < both.work == phase("align", "train on").work
+
+
 def test_both_experts_carry_an_adapter(plan):
     p = plan()
     two = memory.Plan(p.recipe, p.parts | {"transformer_2": p.parts["transformer"]}, p.judge)

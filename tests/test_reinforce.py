@@ -75,9 +75,10 @@ def test_divergence_is_logged_and_grows_from_zero(open_run):
     assert kl[0] < kl[-1]
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft"])
-def test_resume_is_bitwise(open_run, objective):
+@pytest.mark.parametrize("objective, projector", [("grpo", "none"), ("grpo", "mlp"), ("nft", "none")])
+def test_resume_is_bitwise(open_run, objective, projector):
     changes = {"rl__objective": objective, "rl__window_range": 2, "rl__align_weight": 0.1, "rl__flow_weight": 0.1, "align__steps": 2}
+    changes["teacher__projector"] = projector
     whole = open_run(**changes)
     align.train(whole, "align")
     kept = whole.checkpoint("align").read_bytes()
@@ -97,12 +98,42 @@ def test_resume_is_bitwise(open_run, objective):
 def test_goes_on_from_stage_one_and_needs_it(open_run):
     run = open_run()
     with pytest.raises(TrainingError, match="stage 2 needs"):
-        reinforce.start_values(run)
+        reinforce.stage_one(run)
     aligned = align.train(run, "align")
     lora.restore(run.parameters, run.fresh)
-    assert all(torch.equal(v, aligned[k]) for k, v in reinforce.start_values(run).items())
+    assert all(torch.equal(v, aligned[k]) for k, v in reinforce.start_values(run, reinforce.stage_one(run)).items())
     alone = open_run(**ONLY)
-    assert reinforce.start_values(alone) is alone.fresh
+    assert reinforce.start_values(alone, reinforce.stage_one(alone)) is alone.fresh
+
+
+def test_projector_is_stage_ones_and_stays_as_it_was(open_run, monkeypatch):
+    run = open_run(teacher__projector="mlp", rl__align_weight=0.1, align__steps=2, rl__updates=2)
+    fresh = align.make_aligner(run).state_dict()
+    align.train(run, "align")
+    trained = checkpoint.load(run.checkpoint("align"))["aligner"]
+    assert fresh.keys() == trained.keys() and all((fresh[k] != v).any() for k, v in trained.items())
+
+    used, losses = [], align.losses
+
+    def watched(run, aligner, *rest):
+        used.append((aligner, {k: v.clone() for k, v in aligner.state_dict().items()}))
+        return losses(run, aligner, *rest)
+
+    monkeypatch.setattr(align, "losses", watched)
+    reinforce.train(run)
+    assert len(used) == 4 and len({id(aligner) for aligner, _ in used}) == 1  # built once, for two updates of two steps
+    used.append((used[0][0], used[0][0].state_dict()))  # after the last step
+    assert all(torch.equal(values[k], v) for _, values in used for k, v in trained.items())
+    assert not any(p.requires_grad or p.grad is not None for p in used[0][0].parameters())
+
+
+@pytest.mark.parametrize("weights, teaches", [({"rl__align_weight": 0.1}, True), ({"rl__flow_weight": 0.1}, False)])
+def test_the_teacher_is_asked_only_where_it_weighs(open_run, monkeypatch, weights, teaches):
+    run = open_run(**ONLY, **weights, rl__updates=1)
+    seen, losses = [], align.losses
+    monkeypatch.setattr(align, "losses", lambda run, aligner, *rest: seen.append(aligner is not None) or losses(run, aligner, *rest))
+    reinforce.train(run)
+    assert seen == [teaches] * 2
 
 
 @pytest.mark.parametrize("objective", ["grpo", "nft", "awm"])
