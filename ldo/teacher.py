@@ -14,7 +14,6 @@ Shapes: B clips, T frames, N = t h w tokens, D student and E teacher features.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ldo.config import Teacher
 from ldo.distributed import send
 from ldo.ops import relation_loss
+from ldo.ops.dispatch import as_given
 from ldo.world_model import Tokens, WorldModel, window_starts
 
 
@@ -108,7 +108,7 @@ class Aligner(nn.Module):
             raise ValueError(f"teacher: {t - 1} latent frames do not correspond to {grid[0]} tubelets at a ratio of {self.ratio}")
         # Two small matrix products: on a GPU the library's interpolation takes longer than the rest of the step, and its
         # gradient is not deterministic. Space first, since it has the fewer places afterwards.
-        with torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext():
+        with as_given(x.device):
             x = x.flatten(2, 3)  # [B, t-1, h w, D]
             if (h, w) != grid[1:]:
                 x = area_weights(h, w, *grid[1:], x.device) @ x
