@@ -1,6 +1,7 @@
 """The relation loss: the formula by double loop, the two forms against each other, and what must hold whatever the input."""
 
 import numpy as np
+import pretend
 import pytest
 import regions
 import torch
@@ -204,6 +205,31 @@ def test_chunked_on_tensor_cores(monkeypatch, kind, penalty):
     truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", penalty=penalty, **options)
     loss, gradient = loss_and_gradient(student, teacher, 900.0, impl="chunked", penalty=penalty, **options)
     assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient, slope) <= 4e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is tested itself")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("squares", [False, True])
+def test_half_precision_takes_a_gpus_products_on_a_pretended_one(kind, squares):
+    student, teacher, options = inputs(2, 330, d=64, e=48, dtype=kind)
+    options = {"penalty": "squared", "margin": 0.0} if squares else options
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", **options)
+    with pretend.gpu():
+        given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss, gradient = loss_and_gradient(student.cuda(), teacher.cuda(), 900.0, impl="chunked", **given)
+        loss, gradient = loss.cpu(), gradient.cpu()
+    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-3) and distance(gradient, slope) <= 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n", [330, 5000])
+def test_chunked_on_a_gpu(kind, n):
+    student, teacher, options = inputs(2, n, d=64, e=48, dtype=kind)
+    truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", **options)
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    loss, gradient = loss_and_gradient(student.cuda(), teacher.cuda(), 900.0, impl="chunked", **given)
+    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient.cpu(), slope) <= 4e-3
 
 
 SQUARES = {"penalty": "squared", "margin": 0.0}  # over all pairs alike: no pair need be visited
