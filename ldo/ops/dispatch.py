@@ -34,11 +34,14 @@ def choose_triton(op: str, impl: str, device: torch.device, missing: str | None,
     return choose(op, impl, available, forms[-1], f"{what}; {missing or 'Triton only interprets here'}")
 
 
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # devices that have it; torch's own question cannot be traced by torch.compile of torch 2.11
+
+
 def as_given(device: torch.device) -> AbstractContextManager:
     """A context without autocast on ``device``: the dtypes that a form chose are those it computes in. Next to free where autocast is off."""
     kind = device.type
     # a backward is compiled together with its forward: what is on then says nothing of where it will run
-    if torch.amp.is_autocast_available(kind) and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()):
+    if kind in AUTOCAST and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

@@ -257,7 +257,7 @@ def test_the_script_keeps_to_one_device_on_a_pretended_gpu(tiny, monkeypatch):
     assert set(result["left_out"]) == {"sdpa_cudnn"} and "it failed on 16-wide heads" in result["left_out"]["sdpa_cudnn"]
     assert {(r["variant"], r["dtype"]) for r in result["rows"]} == {("native", "bf16"), ("sdpa_flash", "bf16")} and len(result["rows"]) == 16
     assert all((r["output_error"] if r["pass"] == "fwd" else r["grad_error"]) < 0.02 for r in result["rows"])
-    assert {v["auto"] for v in result["auto"]} == {"sdpa_flash"} and all(k["wrong"] is None for k in result["kernels"])
+    assert {v["auto"] for v in result["auto"]} == {"native"} and all(k["wrong"] is None for k in result["kernels"])
 
 
 def test_model_prints_shapes_and_runs_nothing(monkeypatch, capsys):
