@@ -9,7 +9,7 @@ Each part is a process of its own with a limit of its own; one that fails, hangs
     --force           again, though the part has succeeded at this commit
 
     OUT=...           a folder for results.tgz, written again after every part
-    LDO_COMMIT=...    names the commit in a copy of the tree that has no .git
+    LDO_COMMIT=...    names the commit in a copy of the tree whose .git is missing or another's
     LDO_ALLOW_CPU=1   try all of this without a GPU: tiny sizes, whose figures mean nothing
 
 The extension is built for this GPU alone, in the background; the parts that need it wait for it. Output goes to the logs; what is printed last is
@@ -42,6 +42,8 @@ from benchmarks.lease_parts import FULL, FULL_LIMIT, KNOWN, MODES, NATIVE, SHORT
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 12_000  # characters of the summary
 GRACE = 5  # seconds between asking a part to stop and killing it
+
+
 # ---------------------------------------------------------------------------------------------- processes
 
 
@@ -82,15 +84,13 @@ def limited(
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and its group, if anything of it is left."""
+    """End a process and its group, if anything of it is left: children may ignore a request that their parent followed."""
     for sign, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)
         if process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait)
-        if process.poll() is not None and sign == signal.SIGTERM:
-            continue  # its children may ignore the request
 
 
 class Lease:

@@ -76,7 +76,8 @@ PARTS = (
         150,
         NATIVE,
         "tests/ops/test_surrogate.py -m 'not gpu'",
-        "-n auto --maxprocesses 14 tests/kernels tests/ops -k 'not (architecture or 16_bytes or within_a_warp or to_the_31)'",
+        "-n auto --maxprocesses 14 tests/kernels tests/ops --ignore=tests/kernels/test_relation_aot.py "
+        "-k 'not (architecture or 16_bytes or within_a_warp or to_the_31 or opcheck or gradcheck)'",  # what runs the same without a GPU
         writes=False,
         extension=True,
     ),
@@ -151,8 +152,8 @@ PARTS = (
     _model("model-cogvideox", 200, "cogvideox-2b", "rl.group_size=2 rl.steps=8"),
 )
 KNOWN = {part.name: part for part in PARTS}
-MODES = {  # a deadline in seconds, and parts
-    "probe": (200, ("recipe", "residual", "tests")),
-    "main": (500, tuple(KNOWN)[: tuple(KNOWN).index("align-widths")]),
+MODES = {  # a deadline in seconds, which leaves some for the last part's end and the summary, and parts
+    "probe": (190, ("recipe", "residual", "tests")),
+    "main": (485, tuple(KNOWN)[: tuple(KNOWN).index("align-widths")]),
     "all": (None, tuple(KNOWN)),
 }
