@@ -32,7 +32,7 @@ def test_the_stock_forward_leaks(judge, frames):
     with torch.no_grad():
         a = judge.model(x, **masks).predictor_output.last_hidden_state
         b = judge.model(changed, **masks).predictor_output.last_hidden_state
-    assert (a - b).abs().max() > 1e-3
+    assert (a - b).abs().max() > 1e-4  # rounding is below 1e-6; how much leaks depends on the random weights, of which versions draw others
 
 
 def test_forecast_equals_predictor_on_context_alone(judge, frames):
