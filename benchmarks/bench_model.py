@@ -216,7 +216,7 @@ def measure(checked: Checked, quick: bool, written: Callable[[dict[str, Any]], N
 
     def update() -> dict[str, float]:
         lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
-        return reinforce.learn(here, rollout, 1, optimizer, here.fresh)
+        return reinforce.learn(here, rollout, 1, optimizer, here.fresh, aligner)
 
     learnt = meter.part(f"reinforce: {rl.minibatches} optimizer steps", update, profile=True)
     assert learnt.get("grad_norm"), "the update had no gradient: its time is none"

@@ -67,7 +67,7 @@ def measure(bench: common.Bench, metric: str, layout: str, m: int, d: int, kinds
         sets.append((z, h, segments))
     for kind in kinds:
         moved = (2 if kind == "fwd" else 5) * m * d * dtype.itemsize
-        error, extra = None, {"case": f"{metric}/{layout}", "metric": metric, "segments": len(segments) - 1}
+        error, extra = None, {"case": f"{metric}/{layout}", "metric": metric, "segments": len(segments) - 1, "eager_precision": "the inputs'"}
         if kind == "fwd+bwd":
             rows = torch.randperm(m, generator=generator, device=device)[:SAMPLE]
             exact = exact_rows(*sets[0], rows, metric)

@@ -63,7 +63,7 @@ def parts(here: run.Run) -> dict[str, Callable[[], object]]:
 
     def stage2() -> None:
         lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
-        reinforce.learn(here, rollout, 1, optimizer, here.fresh)
+        reinforce.learn(here, rollout, 1, optimizer, here.fresh, aligner)
 
     return {
         f"flow loss, {len(rows)} clips": lambda: stage1(False),

@@ -58,20 +58,27 @@ class Goal:
 
 
 def runs(results: Path = RESULTS) -> list[Path]:
-    """The folders of all runs on GPUs, by device and date."""
-    return sorted(f for f in results.glob("*/*") if f.is_dir() and "cpu" not in f.parent.name)
+    """The folders of all runs on GPUs, by date."""
+    return sorted((f for f in results.glob("*/*") if f.is_dir() and "cpu" not in f.parent.name), key=lambda f: (f.name, f.parent.name))
 
 
 def read(folder: Path) -> list[Row]:
     """All rows of a device's kernel benchmarks, each with its file and that file's copy rate."""
     rows = []
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path}: this is no JSON ({problem}); measure it again, or delete it") from None
         kept = [row for row in result.get("rows", ()) if "variant" in row or "errors" in row]
-        if kept and not any(row.get("variant") == "widened" for row in kept):  # then "eager" of the residual was what is called so now
-            kept = [{**row, "variant": "widened"} if (row["op"], row.get("variant")) == ("residual", "eager") else row for row in kept]
+        if not any(row.get("variant") == "widened" for row in kept):  # before there were two of them, "eager" of the residual was in fp32
+            kept = [{**row, "variant": "widened"} if _eager_in_fp32(row) else row for row in kept]
         rows += [{**row, "file": path.name, "copy_gbps": result.get("copy_gbps")} for row in kept]
     return rows
+
+
+def _eager_in_fp32(row: Row) -> bool:
+    return row["op"] == "residual" and row.get("variant") == "eager" and "eager_precision" not in row
 
 
 def _comparisons(rows: list[Row], ours: str, **wanted: Any) -> Iterator[tuple[Row, dict[str, Row]]]:

@@ -37,16 +37,14 @@ class Run:
 
     folder: Path
     rows: list[Row]
-
-    @property
-    def label(self) -> str:
-        """Date and commit, the folder's name; the device goes with it where runs are of several."""
-        return self.folder.name
+    label: str  # date and commit, the folder's name; with the device where runs are of several
 
 
 def read_runs(results: Path = RESULTS) -> list[Run]:
-    """All runs on GPUs, by device and date."""
-    return [Run(folder, goals.read(folder)) for folder in goals.runs(results)]
+    """All runs on GPUs, by date."""
+    folders = goals.runs(results)
+    several = len({folder.parent for folder in folders}) > 1
+    return [Run(f, goals.read(f), f"{f.parent.name} {f.name}" if several else f.name) for f in folders]
 
 
 # ---------------------------------------------------------------------------------------------- cells
@@ -92,7 +90,7 @@ def relation(runs: list[Run]) -> str:
     for run in runs:
         settings = comparisons(run, "relation")
         for case, shape in dict.fromkeys((key[0], key[2]) for key in settings):
-            cells, error = [], None
+            cells, error, noise = [], None, []
             for kind in ("fwd", "fwd+bwd"):
                 variants = settings.get((case, "", shape, kind), {})
                 row = variants.get("triton", {})
@@ -100,13 +98,15 @@ def relation(runs: list[Run]) -> str:
                 floor = number(row.get("ratio_to_floor"), ".2f") + (f" ({graph:.2f})" if graph else "")
                 cells += [number(row.get("ms"), ".3f"), floor, *times(variants, "triton", "compile", "eager", "panels")]
                 error = row.get("grad_error") or error
+                noise += [number(row.get("spread"), ".0%")]
             if all(settings.get((case, "", shape, kind), {}).keys() <= {"triton"} for kind in ("fwd", "fwd+bwd")):
                 continue  # alone, it was no comparison
             d = dict(shape)
             what = [f"{case}, {d['B']} x {d['N']:,}", f"{d['Ds']} x {d['Dt']}"]
-            found.append(((CASES.index(case), d["B"] == 1, d["N"], d["Ds"]), [*what, *cells, number(error, ".1e"), run.label]))
+            order = CASES.index(case) if case in CASES else len(CASES)
+            found.append(((order, d["B"] == 1, d["N"], d["Ds"]), [*what, *cells, number(error, ".1e"), ", ".join(noise), run.label]))
     columns = ("ms", "x floor", "/compile", "/eager", "/panels")
-    titles = ["case, clips x tokens", "widths", *(f"fwd {c}" for c in columns), *(f"both {c}" for c in columns), "gradient's error", "run"]
+    titles = ["case, clips x tokens", "widths", *(f"fwd {c}" for c in columns), *(f"both {c}" for c in columns), "gradient's error", "noise", "run"]
     return markdown(titles, (cells for _, cells in sorted(found, key=lambda f: f[0])))
 
 
@@ -115,10 +115,10 @@ def residual(runs: list[Run]) -> str:
     found = []
     for run in runs:
         for (case, _, shape, kind), variants in comparisons(run, "residual").items():
-            row, d = variants["triton"], dict(shape)
-            if row["ms"]:
+            row, d = variants.get("triton", {}), dict(shape)
+            if row.get("ms"):
                 cells = [f"{row['ms']:.3f}", f"{goals.copy_share(row):.2f}", *times(variants, "triton", "compile", "eager", "widened")]
-                found.append(((case, kind), [f"{case}, {d['M']:,} x {d['D']:,}, {kind}", *cells, run.label]))
+                found.append(((case, kind, d["M"], d["D"]), [f"{case}, {d['M']:,} x {d['D']:,}, {kind}", *cells, run.label]))
     titles = ["case, rows x features, pass", "ms", "of the copy rate", "/compile", "/eager", "/eager in fp32", "run"]
     return markdown(titles, (cells for _, cells in sorted(found, key=lambda f: f[0])))
 
@@ -142,16 +142,18 @@ BACKENDS = ("native", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math")
 
 
 def attention(runs: list[Run]) -> str:
-    """Milliseconds of each backend that PyTorch brings, and those of the best over the floor."""
+    """Milliseconds of each backend that was measured, and those of the best over the floor."""
     found = []
-    for run in runs:
-        for (case, _, shape, kind), variants in comparisons(run, "attention").items():
-            d = dict(shape)
-            ms = [variants.get(b, {}).get("ms") for b in BACKENDS]
-            best = min((row for row in variants.values() if row["ms"]), key=lambda row: row["ms"], default=None)
-            what = f"{case}, {d['B']} x {d['H']} x {d['N']:,} x {d['D']}, {kind}"
-            found.append([what, *(number(m, ".2f") for m in ms), number(best and best.get("ratio_to_floor"), ".2f"), run.label])
-    return markdown(["layer, clips x heads x tokens x width, pass", *BACKENDS, "best, x floor", "run"], found)
+    measured = [(run, key, variants) for run in runs for key, variants in comparisons(run, "attention").items()]
+    backends = list(dict.fromkeys([*BACKENDS, *(name for _, _, variants in measured for name in variants)]))
+    for run, (case, _, shape, kind), variants in measured:
+        d = dict(shape)
+        ms = [variants.get(b, {}).get("ms") for b in backends]
+        best = min((row for row in variants.values() if row["ms"]), key=lambda row: row["ms"], default=None)
+        keys = f" over {d['M']:,}" if d.get("M", d["N"]) != d["N"] else ""
+        what = f"{case}, {d['B']} x {d['H']} x {d['N']:,}{keys} x {d['D']}, {kind}"
+        found.append([what, *(number(m, ".2f") for m in ms), number(best and best.get("ratio_to_floor"), ".2f"), run.label])
+    return markdown(["layer, clips x heads x tokens x width, pass", *backends, "best, x floor", "run"], found)
 
 
 def gradient(runs: list[Run]) -> str:
@@ -216,7 +218,8 @@ def headline(runs: list[Run]) -> str:
             variants, run = newest
             row = variants["triton"]
             limit = f"{goals.copy_share(row):.2f} of the copy rate" if op == "residual" else f"{row['ratio_to_floor']:.2f} x the floor"
-            found.append([words, f"{row['ms']:.2f} ms", limit, *(f"{t}x" for t in times(variants, "triton", "compile", "eager")), run.label])
+            faster_than = (t if t == NONE else f"{t}x" for t in times(variants, "triton", "compile", "eager"))
+            found.append([words, f"{row['ms']:.2f} ms", limit, *faster_than, run.label])
     return markdown(["", "takes", "of what is possible", "faster than torch.compile", "than eager", "run"], found)
 
 
@@ -269,7 +272,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is not what the results say")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    runs = read_runs(args.root / "benchmarks" / "results")
+    try:
+        runs = read_runs(args.root / "benchmarks" / "results")
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 2
     status = 0
     for path in documents(args.root):
         text = path.read_text()

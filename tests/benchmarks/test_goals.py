@@ -59,6 +59,8 @@ def test_eager_was_fp32_before_there_were_two_of_it(tmp_path):
     assert verdicts(tmp_path)["residual, against eager in bf16"] == "not measured"
     write(tmp_path, [ours, row("residual", "eager", "fwd", shape, 4.0), row("residual", "widened", "fwd", shape, 9.0)], "residual")
     assert verdicts(tmp_path)["residual, against eager in bf16"] == "met"
+    write(tmp_path, [ours, row("residual", "eager", "fwd", shape, 4.0, eager_precision="the inputs'")], "residual")
+    assert verdicts(tmp_path)["residual, against eager in bf16"] == "met"
 
 
 def test_goals_have_names_of_their_own():

@@ -78,6 +78,21 @@ def test_a_changed_result_is_noticed(tmp_path):
     assert run(tmp_path, "--check") == 1
 
 
+def test_what_is_odd_in_a_run_costs_its_row_alone(project, capsys):
+    write(project, "2026-02-01-bbbbbbb", compile=1.0)  # without ours
+    assert run(project) == 0 and "2026-02-01" not in (project / "docs" / "kernels.md").read_text()
+    (project / "benchmarks" / "results" / "nvidia-x" / "2026-02-01-bbbbbbb" / "residual.json").write_text('{"rows": [')
+    assert run(project) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_of_two_devices_are_by_date_and_say_which(project):
+    folder = project / "benchmarks" / "results" / "nvidia-a" / "2026-02-01-bbbbbbb"
+    shutil.copytree(project / "benchmarks" / "results" / "nvidia-x" / "2026-01-01-aaaaaaa", folder)
+    labels = [found.label for found in tables.read_runs(project / "benchmarks" / "results")]
+    assert labels == ["nvidia-x 2026-01-01-aaaaaaa", "nvidia-a 2026-02-01-bbbbbbb"]
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_can_be_made_of_nothing_and_of_all(name):
     assert tables.TABLES[name]([]).startswith("|")
