@@ -41,6 +41,7 @@ from benchmarks.lease_parts import FULL, FULL_LIMIT, KNOWN, MODES, NATIVE, SHORT
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 12_000  # characters of the summary
+SANITIZED = "(gpu_and_cpu_give_the_same_bits and dtype1) or test_repeats"  # fp32; an expression of pytest's
 GRACE = 5  # seconds between asking a part to stop and killing it
 
 
@@ -228,11 +229,9 @@ def orderly(lease: Lease) -> Iterator[None]:
 
 
 def sanitize() -> int:
-    """compute-sanitizer on the extension's kernels and on one small case of each Triton kernel."""
-    tests = "tests/ops/test_native.py tests/kernels/test_relation.py tests/kernels/test_residual.py"
-    chosen = "same_bits and float32 or test_values"
-    command = f"compute-sanitizer --error-exitcode 99 {sys.executable} {NATIVE} -x {tests} -m gpu -k"
-    return subprocess.run([*command.split(), chosen], cwd=ROOT).returncode
+    """compute-sanitizer on the extension's kernels and on small cases of the Triton kernels."""
+    command = f"compute-sanitizer --error-exitcode 99 {sys.executable} {NATIVE} -x tests/ops tests/kernels -k"
+    return subprocess.run([*command.split(), SANITIZED], cwd=ROOT).returncode
 
 
 def main() -> int:
@@ -261,15 +260,12 @@ def main() -> int:
     size = TINY if not gpu else FULL if args.full or "all" in args.what else SHORT
     commit = common.commit() or "unknown"
     device = torch.device("cuda" if gpu else "cpu")
-    folder = (
-        args.results / common.slug(device) / f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit[:7]}{'-dirty' if commit.endswith('-dirty') else ''}"
-    )
+    label = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit[:7]}{'-dirty' if commit.endswith('-dirty') else ''}"
+    folder = args.results / common.slug(device) / label
     archive = Path(os.environ["OUT"]) / "results.tgz" if os.environ.get("OUT") else None
     lease = Lease(folder, size, seconds, environment(gpu), archive, args.force)
-    print(
-        f"{common.describe(device)}, commit {commit}: {' '.join(names)}{f', within {seconds:.0f} s' if seconds else ''}; results in {folder}",
-        flush=True,
-    )
+    within = f", within {seconds:.0f} s" if seconds else ""
+    print(f"{common.describe(device)}, commit {commit}: {' '.join(names)}{within}; results in {folder}", flush=True)
     status = 0
     try:
         with orderly(lease):

@@ -112,6 +112,12 @@ def test_every_part_names_what_there_is():
                     assert (ROOT / word.split("=")[-1]).exists(), (part.name, word)
 
 
+def test_the_sanitizer_has_tests_of_every_kernel_to_watch():
+    command = [sys.executable, *lease_parts.NATIVE.split(), "--collect-only", "tests/ops", "tests/kernels", "-k", lease.SANITIZED]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=lease.environment(False)).stdout
+    assert all(f"/{name}.py::" in found for name in ("test_native", "test_relation", "test_residual"))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [(["nonsense"], "unknown part nonsense"), ([], "what? One of probe, main, all"), (["probe"], "no GPU here"), (["--nonsense"], "usage")],
