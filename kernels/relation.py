@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from ldo.kernels import relation_plan
 from ldo.kernels.relation_plan import FrameOrder, Key, Plan
-from ldo.kernels.support import written
+from ldo.kernels.support import add_product, written
 
 WORKSPACE = 256 * 2**20  # bytes of A that are held at a time
 
@@ -209,8 +209,4 @@ def _multiply(product: Tensor, a: Tensor, x: Tensor, first: int, end: int) -> No
 
 def _add_product(total: Tensor, a: Tensor, x: Tensor, *, fresh: bool) -> None:
     """total (+)= a x in fp32, in place; ``fresh`` overwrites what was there."""
-    beta = 0 if fresh else 1
-    if total.is_cuda and x.dtype != torch.float32:
-        torch.baddbmm(total, a, x, beta=beta, out_dtype=torch.float32, out=total)
-    else:  # the interpreter wrote half precision as fp32, to be rounded here
-        total.baddbmm_(a.to(x.dtype).float(), x.float(), beta=beta)
+    add_product(total, a, x, beta=0 if fresh else 1)  # the interpreter wrote half precision as fp32

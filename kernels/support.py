@@ -59,6 +59,14 @@ def csr(op: str, offsets: Tensor, rows: int) -> Tensor:
     return offsets
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total = beta total + a b, in place, for batches of matrices: a rounded to the precision of b, and added up in that of ``total``."""
+    if total.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+        torch.baddbmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.baddbmm_(a.to(b.dtype).to(total.dtype), b.to(total.dtype), beta=beta)
+
+
 class Launch:
     """A Triton kernel on a grid, with its options: the first call compiles it, later ones go straight to the driver.
 

@@ -221,8 +221,9 @@ class _Chunked(torch.autograd.Function):
                 loss += terms[:, :panel].sum(dtype=torch.float64) + 2 * terms[:, panel:].sum(dtype=torch.float64)
                 if wanted:
                     g = _phi_slope(d, margin, penalty).mul_(pairs).mul_(2 * n * n if x.half else 2).to(operand)
-                    _add_product(gradient[b, rows], g, x.unit[start:])
-                    _add_product(gradient[b, below], g[:, panel:].T, x.unit[rows])
+                    support.add_product(gradient[b : b + 1, rows], g[None], x.unit[None, start:])
+                    if start + panel < n:
+                        support.add_product(gradient[b : b + 1, below], g[None, :, panel:].mT, x.unit[None, rows])
             if wanted:
                 _project(gradient[b], student[b], x.inverse, 1 / (n * n) if x.half else 1.0)
         ctx.save_for_backward(gradient)
@@ -239,8 +240,8 @@ class _Rows:
     """The rows of one clip [N, D]: as unit vectors in the ``operand``'s precision, with their 1 / norm, and the cosines between them."""
 
     def __init__(self, rows: Tensor, dtype: torch.dtype, operand: torch.dtype):
-        self.raw, self.half = rows, operand != dtype
-        self.unit, self.inverse = _normalised(rows.to(operand), dtype)
+        self.raw, self.half = rows.to(operand), operand != dtype
+        self.unit, self.inverse = _normalised(self.raw, dtype)
 
     def cosines(self, start: int, count: int) -> Tensor:
         """Of ``count`` rows from ``start`` with all rows from there on, in fp32 (fp64)."""
@@ -307,19 +308,8 @@ def _product_split(rows: Tensor, matrix: Tensor) -> Tensor:
     high = matrix.to(rows.dtype)
     whole = _product(rows, high)
     if high.dtype != matrix.dtype:
-        for each, left, right in zip(whole, rows, (matrix - high).to(rows.dtype), strict=True):
-            _add_product(each, left, right)
+        support.add_product(whole, rows, (matrix - high).to(rows.dtype))
     return whole
-
-
-def _add_product(c: Tensor, a: Tensor, b: Tensor) -> None:
-    """c += a b for matrices, where a and b may be half precision and c is what they accumulate in."""
-    if not a.numel():
-        return
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        torch.baddbmm(c[None], a[None], b[None], out_dtype=c.dtype, out=c[None])
-    else:
-        c.addmm_(a.to(c.dtype), b.to(c.dtype))
 
 
 def _project(h: Tensor, x: Tensor, inverse: Tensor, scale: float) -> None:

@@ -207,6 +207,14 @@ def test_chunked_on_tensor_cores(monkeypatch, kind, penalty):
     assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient, slope) <= 4e-3
 
 
+def test_on_tensor_cores_a_teacher_is_rounded_once_to_the_students_precision(monkeypatch):
+    monkeypatch.setattr(relation, "_operand", lambda student: student.dtype)
+    student, teacher, options = inputs(2, 130, d=64, e=48, dtype=torch.float32)
+    student = student.bfloat16()
+    found, expected = (loss_and_gradient(student, t, impl="chunked", **options) for t in (teacher, teacher.bfloat16()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is tested itself")
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("squares", [False, True])
