@@ -219,14 +219,14 @@ def gradient_rows(
     x, y = student.double(), teacher.double()
     inverse = 1 / x.norm(dim=-1, keepdim=True)
     x, y = x * inverse, F.normalize(y, dim=-1)
-    factors = pair_factors(frame, weight, x, spatial, temporal)
+    factors = [factor / x.shape[1] ** 2 for factor in pair_factors(frame, weight, x, spatial, temporal)]
     out = torch.empty(len(x), len(rows), x.shape[-1], dtype=torch.float64, device=x.device)
     for b in range(len(x)):
         for start in range(0, len(rows), panel):
             part = rows[start : start + panel]
             d = x[b, part] @ x[b].T - y[b, part] @ y[b].T
             a = (d.abs() - margin).clamp_min(0)
-            slope = d.sign() * ((a > 0) if penalty == "hinge" else 2 * a) / x.shape[1] ** 2
+            slope = d.sign() * ((a > 0) if penalty == "hinge" else 2 * a)
             slope *= factors[0][b] if frame is None else torch.where(frame[part, None] == frame, factors[0][b], factors[1][b])
             if weight is not None:
                 w = weight[b].double()

@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import baselines, common
+from benchmarks.model import RESIDUAL_ROWS
 from ldo.ops import predictive_residual
 
 WINDOW = 1568
@@ -66,7 +67,7 @@ def measure(bench: common.Bench, metric: str, layout: str, m: int, d: int, kinds
         z, h = (torch.randn(m, d, generator=generator, device=device).to(dtype) for _ in range(2))
         sets.append((z, h, segments))
     for kind in kinds:
-        moved = (2 if kind == "fwd" else 5) * m * d * dtype.itemsize
+        moved = RESIDUAL_ROWS[kind] * m * d * dtype.itemsize
         error, extra = None, {"case": f"{metric}/{layout}", "metric": metric, "segments": len(segments) - 1, "eager_precision": "the inputs'"}
         if kind == "fwd+bwd":
             rows = torch.randperm(m, generator=generator, device=device)[:SAMPLE]

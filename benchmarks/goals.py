@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
 from benchmarks import show
-from benchmarks.model import USUAL
+from benchmarks.model import RESIDUAL_ROWS, USUAL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (8192, 16384, 32768)
@@ -133,13 +133,12 @@ def _error(row: Row) -> float | None:
     return row["grad_error"]
 
 
-ROWS_MOVED = {"fwd": 2, "fwd+bwd": 5}  # by the residual: both inputs; for the backward once more, and the gradient
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def copy_share(row: Row) -> float:
     """The share of the measured copy rate at which the residual moves what its passes cannot do without."""
-    moved = ROWS_MOVED[row["pass"]] * row["shape"]["M"] * row["shape"]["D"] * BYTES[row["dtype"]]
+    moved = RESIDUAL_ROWS[row["pass"]] * row["shape"]["M"] * row["shape"]["D"] * BYTES[row["dtype"]]
     return moved / row["ms"] / 1e6 / row["copy_gbps"]
 
 

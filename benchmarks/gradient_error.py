@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
 
-from benchmarks import bench_align, common
+from benchmarks import bench_align, common, show
 from benchmarks.model import USUAL
 
 STEP = 16  # products that a tensor core adds at a time
@@ -140,8 +140,7 @@ def rows(n: int, ds: int, dt: int, device: torch.device) -> list[dict]:
         row = {"op": "gradient error", "shape": {"B": 1, "N": n, "Ds": ds, "Dt": dt}, "dtype": "bf16", "margin": margin}
         row |= {"gains": gained, "arithmetic": "the kernel's" if gpu else "imitated", "active": int(wanted.abs().sum())}
         found.append(row | {"flipped": flipped, "truncation": measured, "errors": errors})
-        shares = ", ".join(f"{name} {error:.2e}" for name, error in errors.items())
-        print(f"N {n}, {ds} x {dt}, {'with' if gained else 'without'} gains: {flipped} of {row['active']} flipped; {shares}")
+        print(show.gradient_error(found[-1]))
     return found
 
 

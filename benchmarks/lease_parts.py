@@ -10,7 +10,6 @@ from pathlib import Path
 TINY, SHORT, FULL = "tiny", "short", "full"
 FULL_LIMIT = 470  # seconds, at least, of a full run
 MODELS = ("diffusers",)
-FILES = ("diffusers", "av")
 NATIVE = "-m pytest -p no:cacheprovider --confcutdir=tests/ops"  # the operations' tests need none of the model libraries
 
 

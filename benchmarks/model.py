@@ -24,6 +24,7 @@ SIZES = (3600, 4096, 10240, 23040, 32768)
 STUDENTS = (1536, 1920, 3072, 5120)
 TEACHERS = (1024, 1408)
 USUAL = (1920, 1024)  # student x teacher, of most measurements
+RESIDUAL_ROWS = {"fwd": 2, "fwd+bwd": 5}  # row lengths that the residual must move: both inputs; for the backward once more, and the gradient
 
 
 @dataclass(frozen=True)

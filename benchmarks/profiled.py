@@ -66,20 +66,7 @@ def family(name: str) -> tuple[str, str] | None:
 
 def ran(work: Callable[[], Any], device: torch.device) -> dict[str, Ran]:
     """The attention kernels that ``work()`` launches on a GPU, or the operators of known families on a CPU; the costliest first."""
-    gpu = device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
-    with memory.quiet(), torch.profiler.profile(activities=kinds, acc_events=True) as profile:
-        work()
-        if gpu:
-            torch.cuda.synchronize(device)
-    where = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-    found = {}
-    for event in profile.key_averages():
-        # on a GPU only what it ran itself: an operator's row holds its kernels' time too. On a CPU operators and autograd's nodes nest
-        told = family(event.key) if event.device_type == where else None
-        if told and (gpu or (told[0] != UNKNOWN and event.key.startswith("aten::"))):
-            found[event.key] = Ran(event.count, (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6)
-    return dict(sorted(found.items(), key=lambda row: -row[1].seconds))
+    return profile(work, device).attention
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,7 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
         return
     if result["rows"][0]["op"] == "gradient error":
         for row in result["rows"]:
-            shares = ", ".join(f"{name} {error:.2e}" for name, error in row["errors"].items())
-            print(f"{path.name}: {_shape(row)} {'with' if row['gains'] else 'without'} gains: {row['flipped']} of {row['active']} flipped; {shares}")
+            print(f"{path.name}: {gradient_error(row)}")
         return
     if "auto" in result:
         print(f"{path.name}: {result['device']}, {brief(result['commit'])}, {result['matmul_tflops']:.4g} TFLOP/s")
@@ -150,6 +149,12 @@ def summary(path: Path, ours: tuple[str, ...] = ("triton", "cuda", "cpp", "chunk
             f"{_number(row.get('ratio_to_floor'), '.2f', 6)} F {_number(row['extra_mib'], '.0f', 6)} MiB err {_number(row['grad_error'], '.1e', 7)} "
             f"| {ratios}{' | OOM ' + ' '.join(oom) if oom else ''}"
         )
+
+
+def gradient_error(row: dict[str, Any]) -> str:
+    """One row of ``gradient_error.py``."""
+    shares = ", ".join(f"{name} {error:.2e}" for name, error in row["errors"].items())
+    return f"{_shape(row)} {'with' if row['gains'] else 'without'} gains: {row['flipped']} of {row['active']} flipped; {shares}"
 
 
 def print_auto(result: dict[str, Any]) -> None:

@@ -286,23 +286,31 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, total, policy, divergence, _, grad_ratio):
-        ratio, slope, weights = ctx.saved_tensors
-        count, logp, away = slope.numel(), None, None
-        total, policy, divergence = (None if g is None else g / count for g in (total, policy, divergence))
-        if ctx.needs_input_grad[0]:
-            if total is not None:
-                weighted = total if ctx.weight == 1 else total * ctx.weight
-                weighted = weighted if weights is None else weighted * weights
-                policy = weighted if policy is None else weighted + policy
-            logp = None if policy is None else slope * policy
-            if grad_ratio is not None:
-                logp = grad_ratio * ratio if logp is None else logp + grad_ratio * ratio
-        if ctx.needs_input_grad[3]:
-            away = None if total is None else total * ctx.kl
-            if divergence is not None:
-                away = divergence if away is None else away + divergence
-            away = None if away is None else away.expand(slope.shape)
+        logp, away = _surrogate_gradients(ctx, total, policy, divergence, grad_ratio, ctx.needs_input_grad[0], ctx.needs_input_grad[3])
         return logp, None, None, away, None, None, None, None
+
+
+def _surrogate_gradients(
+    ctx, total: Tensor | None, policy: Tensor | None, divergence: Tensor | None, grad_ratio: Tensor | None, of_logp: bool, of_divergence: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """In the log-probs and in the divergences, where they are wanted, from what comes in for the scalars and the ratios; None is no gradient."""
+    ratio, slope, weights = ctx.saved_tensors
+    count, logp, away = slope.numel(), None, None
+    total, policy, divergence = (None if g is None else g / count for g in (total, policy, divergence))
+    if of_logp:
+        if total is not None:
+            weighted = total if ctx.weight == 1 else total * ctx.weight
+            weighted = weighted if weights is None else weighted * weights
+            policy = weighted if policy is None else weighted + policy
+        logp = None if policy is None else slope * policy
+        if grad_ratio is not None:
+            logp = grad_ratio * ratio if logp is None else logp + grad_ratio * ratio
+    if of_divergence:
+        away = None if total is None else total * ctx.kl
+        if divergence is not None:
+            away = divergence if away is None else away + divergence
+        away = None if away is None else away.expand(slope.shape)
+    return logp, away
 
 
 def surrogate(
@@ -351,11 +359,8 @@ def _surrogate_context(ctx, inputs, output) -> None:
 
 
 def _surrogate_backward(ctx, grad_scalars, grad_ratio, _):
-    ratio, slope, weights = ctx.saved_tensors
-    each = grad_scalars / slope.numel()  # of total, policy, divergence, clipped share
-    policy = each[0] * ctx.weight * (1 if weights is None else weights) + each[1]
-    logp = slope * policy + grad_ratio * ratio
-    away = (each[0] * ctx.kl + each[2]).expand(slope.shape) if ctx.has_divergence else None
+    total, policy, divergence, _ = grad_scalars.unbind()
+    logp, away = _surrogate_gradients(ctx, total, policy, divergence, grad_ratio, True, ctx.has_divergence)
     return logp, None, None, away, None, None, None, None
 
 
