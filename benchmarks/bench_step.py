@@ -2,13 +2,12 @@
 
     python benchmarks/bench_step.py [RECIPE] [a.b=c ...] [--repeat 5] [--quick] [--out FILE.json]
 
-Prints and writes, per part, the median and the quartiles of seconds over some repeats after one warm-up.
+Prints median and quartiles of the seconds of each part, over some repeats after one warm-up, and writes all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,88 +17,108 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
+# Before any import of the tree: a bare checkout then needs no install, and an installed ldo is not used instead.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from ldo import align, critic, data, lora, reinforce, run
-from ldo.check import check
-from ldo.config import read
-from ldo.distributed import join
-from ldo.report import versions
-from ldo.rng import torch_rng
-from ldo.rollout import decode
-from ldo.train import DEFAULT
+from benchmarks import provenance
+from benchmarks.harness import write_json
+from ldo.core.config import DEFAULT_RECIPE
+from ldo.core.distributed import join_processes
+from ldo.core.recipe_file import read_recipe
+from ldo.core.rng import torch_rng
+from ldo.data.buckets import batch_indices
+from ldo.method.critic import score_clips
+from ldo.method.rollout import decode_videos
+from ldo.models.lora import restore_values
+from ldo.report.run_report import versions
+from ldo.run.load import load_run
+from ldo.run.state import Run
+from ldo.run.validate import validate
+from ldo.stages.align import clip_losses, clips_latent_shape, make_alignment
+from ldo.stages.clips import prepare_clips
+from ldo.stages.collect import collect_rollout
+from ldo.stages.reinforce import learn_from_rollout
 
 
 def timed(work: Callable[[], object], repeat: int, device: torch.device) -> list[float]:
-    """Seconds of each repeat, after one that is thrown away."""
+    """Seconds of each repeat, after an unmeasured one."""
     seconds = []
     for _ in range(repeat + 1):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
 
-def parts(here: run.Run) -> dict[str, Callable[[], object]]:
+def parts(here: Run) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    recipe, rl = here.recipe, here.recipe.rl
-    clips = align.prepare(here)
-    rows = torch.from_numpy(data.batch_indices(0, "bench", 0, recipe.align.batch, len(clips)))
-    noise = torch.randn((len(rows), *align.latent_shape(here, clips, rows)), generator=torch_rng(0, "bench"))
-    t_B = torch.full((len(rows),), 0.5)
-    aligner = align.make_aligner(here)
+    recipe = here.recipe
+    clips = prepare_clips(here)
+    rows = torch.from_numpy(batch_indices(0, "bench", 0, recipe.align.batch, len(clips)))
+    noise = torch.randn((len(rows), *clips_latent_shape(here, clips, rows)), generator=torch_rng(0, "bench"))
+    times_B = torch.full((len(rows),), 0.5)
+    aligner = make_alignment(here)
+    # without a learning rate every repeat sees the same weights
     optimizer = torch.optim.AdamW(here.parameters.values(), lr=0.0)
-    rollout, _ = reinforce.collect(here, 1, here.fresh)
+    rollout, _ = collect_rollout(here, 1, here.fresh)
     latents = rollout.trajectory.final_N
-    frames = decode(here.generator, latents, rl.group_size)
+    group = recipe.rl.group_size
+    frames = decode_videos(here.generator, latents, group)
 
     def stage1(with_teacher: bool) -> None:
-        flow_loss, pda = align.losses(here, aligner if with_teacher else None, clips, rows, noise, t_B)
+        flow_loss, pda = clip_losses(here, aligner if with_teacher else None, clips, rows, noise, times_B)
         (flow_loss + pda).backward()
         optimizer.zero_grad()
 
     def stage2() -> None:
-        lora.restore(here.parameters, here.fresh)  # the rollout's own policy, as its ratio of 1 is asserted
-        reinforce.learn(here, rollout, 1, optimizer, here.fresh, aligner)
+        # the policy that sampled the rollout: the update asserts that the ratio starts at 1
+        restore_values(here.parameters, here.fresh)
+        learn_from_rollout(here, rollout, 1, optimizer, here.fresh, aligner)
 
     return {
         f"flow loss, {len(rows)} clips": lambda: stage1(False),
         f"flow loss and alignment, {len(rows)} clips": lambda: stage1(True),
-        f"decoding, {len(latents)} clips": lambda: decode(here.generator, latents, rl.group_size),
-        f"critic, {len(latents)} clips": lambda: critic.score(here.judge, frames, recipe.critic),
-        f"whole rollout, {len(latents)} clips": lambda: reinforce.collect(here, 1, here.fresh),
+        f"decoding, {len(latents)} clips": lambda: decode_videos(here.generator, latents, group),
+        f"critic, {len(latents)} clips": lambda: score_clips(here.world_model, frames, recipe.critic),
+        f"whole rollout, {len(latents)} clips": lambda: collect_rollout(here, 1, here.fresh),
         f"update, {len(latents)} clips": stage2,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", default=str(DEFAULT))
+    parser.add_argument("recipe", nargs="?", default=str(DEFAULT_RECIPE))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="two repeats")
-    args = parser.parse_intermixed_args()
-    repeat = 2 if args.quick else args.repeat
+    arguments = parser.parse_intermixed_args()
+    repeat = 2 if arguments.quick else arguments.repeat
     with tempfile.TemporaryDirectory() as folder:
-        recipe = read(args.recipe, [*args.overrides, f"out={folder}", "data.clips=64"])
+        # few clips and a temporary folder: their preparation is not timed, and nothing is kept
+        recipe = read_recipe(arguments.recipe, [*arguments.overrides, f"out={folder}", "data.clips=64"])
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        here = run.load(check(recipe), join(recipe.device))
-        device = here.world.device
-        found = {name: timed(work, repeat, device) for name, work in parts(here).items()}
+        here = load_run(validate(recipe), join_processes(recipe.device))
+        device = here.processes.device
+        measured = {part: timed(work, repeat, device) for part, work in parts(here).items()}
     print(f"{'part':44} {'median s':>9} {'quartiles':>17}")
-    for name, seconds in found.items():
-        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        print(f"{name:44} {middle:9.3f} {low:8.3f} {high:8.3f}")
-    if args.out:
-        head = common.record(device)
-        record = {**head, "versions": {**head["versions"], **versions()}, "recipe": recipe.name, "seconds": found}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for part, seconds in measured.items():
+        # one repeat is its own quartiles
+        several = seconds if len(seconds) > 1 else seconds * 2
+        lower, middle, upper = statistics.quantiles(several, n=4, method="inclusive")
+        print(f"{part:44} {middle:9.3f} {lower:8.3f} {upper:8.3f}")
+    if arguments.out:
+        header = provenance.record(device)
+        result = {
+            **header,
+            "versions": {**header["versions"], **versions()},
+            "recipe": recipe.name,
+            "seconds": measured,
+        }
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

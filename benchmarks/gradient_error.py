@@ -2,60 +2,72 @@
 
     python benchmarks/gradient_error.py [--sizes 8192] [--widths 1920x1024] [--out FILE.json]
 
-Each source alone, against fp64, as the relative error of the whole gradient:
+Each source by itself, as the relative error of the whole gradient against fp64:
 
-    flips      pairs that pass the margin in the kernel's arithmetic and not exactly, or the other way round
+    flips      pairs that pass the margin in the kernel's arithmetic and not in exact arithmetic, or the reverse
     A          A = G / (|x_i| |x_j|) in bf16
     output     the gradient itself in bf16
     all        what the operation returns
 
-once with the gains that make up for the tensor cores' truncation (``kernels/relation_plan.py``), and once without. On a
-GPU the kernel's own A tells which pairs it took; on a CPU its arithmetic is imitated: an fp32 accumulator that takes
-16 products at a time and is cut off towards zero. The share of the accumulator that a step loses, ``Config.truncation``,
+once with the gains that compensate the tensor cores' truncation (``kernels/relation_plan.py``), and once without. On a
+GPU the kernel's own A shows which pairs it took. On a CPU its arithmetic is imitated: an fp32 accumulator that adds 16
+products at a time and is rounded towards zero. The share of the accumulator that a step loses, ``Config.truncation``,
 is fitted there: 3.1e-8, which is what an H200 was measured to lose.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout needs no install
+# Before any import of the tree: a bare checkout then needs no install, and an installed ldo is not used instead.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_align, common, show
+from benchmarks import bench_align, flags, provenance, show
+from benchmarks.harness import relative_error, write_json
 from benchmarks.model import USUAL
 
-STEP = 16  # products that a tensor core adds at a time
+# products that a tensor core adds at a time
+STEP = 16
 
 
 def truncated(exact: Tensor) -> Tensor:
     """fp64 to fp32, towards zero."""
-    near = exact.float()
-    return torch.where(near.abs().double() > exact.abs(), torch.nextafter(near, torch.zeros_like(near)), near)
+    nearest = exact.float()
+    closer_to_zero = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return torch.where(nearest.abs().double() > exact.abs(), closer_to_zero, nearest)
 
 
 def imitated(student: Tensor, teacher: Tensor, gains: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """d_ij [N, N] in fp64 as the pair kernel finds it: teacher first, scaled, then the student on top, truncated at every step."""
+    """d_ij [N, N] in fp64 as the pair kernel computes it.
 
-    def onto(sums: Tensor, features: Tensor) -> Tensor:
-        for part in features.double().split(STEP, dim=1):
-            sums = truncated(sums.double() + part @ part.T)
-        return sums
+    One accumulator for both: the products of the teacher, scaled, then those of the student, truncated at every step.
+    """
 
-    student_norm, teacher_norm = (x.float().norm(dim=1) for x in (student, teacher))
-    ratio, inverse = student_norm / teacher_norm * gains[1], gains[0] / student_norm
-    sums = onto(torch.zeros(len(student), len(student), device=student.device), teacher)
-    sums = onto(sums * -ratio[:, None] * ratio[None, :], student)
-    return (sums * (inverse[:, None] * inverse[None, :])).double()
+    def onto(accumulator: Tensor, features: Tensor) -> Tensor:
+        for block in features.double().split(STEP, dim=1):
+            accumulator = truncated(accumulator.double() + block @ block.T)
+        return accumulator
+
+    student_norm = student.float().norm(dim=1)
+    teacher_norm = teacher.float().norm(dim=1)
+    # so that dividing the sums by the student's norms normalises both
+    ratio = student_norm / teacher_norm * gains[1]
+    inverse = gains[0] / student_norm
+    accumulator = onto(torch.zeros(len(student), len(student), device=student.device), teacher)
+    accumulator = onto(accumulator * -ratio[:, None] * ratio[None, :], student)
+    return (accumulator * (inverse[:, None] * inverse[None, :])).double()
 
 
 def exact(student: Tensor, teacher: Tensor) -> Tensor:
-    """d_ij [N, N] in fp64; exactly 0 on the diagonal."""
-    x, y = (torch.nn.functional.normalize(v.double(), dim=1) for v in (student, teacher))
+    """d_ij = x_i x_j - y_i y_j of normalised tokens x and y: [N, N] in fp64, exactly 0 on the diagonal."""
+    x = torch.nn.functional.normalize(student.double(), dim=1)
+    y = torch.nn.functional.normalize(teacher.double(), dim=1)
     return (x @ x.T - y @ y.T).fill_diagonal_(0)
 
 
@@ -63,10 +75,12 @@ def kernel_slopes(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
     """The signs of A [N, N] that the pair kernel wrote: 0, 1 or -1."""
     from ldo.kernels import relation
 
-    seen, product = [], relation._add_product
+    # A is a workspace that the operation keeps to itself; the product A X is where it can be read.
+    signs = []
+    product = relation._add_product
 
     def look(total: Tensor, a: Tensor, x: Tensor, *, fresh: bool) -> None:
-        seen.append(a[0].sign().double())
+        signs.append(a[0].sign().double())
         product(total, a, x, fresh=fresh)
 
     relation._add_product = look
@@ -74,110 +88,137 @@ def kernel_slopes(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
         gradient(student, teacher, margin)
     finally:
         relation._add_product = product
-    assert len(seen) == 1, "one panel is wanted: choose a smaller N"
-    return seen[0]
+    assert len(signs) == 1, "A came in several panels: choose a smaller N"
+    return signs[0]
 
 
 def gradient(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
     """What the operation returns, in fp64, times N^2."""
     from ldo.ops import relation_loss
 
-    x = student[None].detach().requires_grad_()
-    (len(student) ** 2 * relation_loss(x, teacher[None], margin=margin, impl="triton")).backward()
-    return x.grad[0].double()
+    leaf = student[None].detach().requires_grad_()
+    # times N^2: ``gradient_of`` has no mean over the pairs
+    (len(student) ** 2 * relation_loss(leaf, teacher[None], margin=margin, impl="triton")).backward()
+    return leaf.grad[0].double()
 
 
 def slopes(d: Tensor, margin: float) -> Tensor:
-    """phi' of the hinge."""
+    """The derivative of the hinge in d."""
     return d.sign() * (d.abs() > margin)
 
 
 def gradient_of(slope: Tensor, student: Tensor, half: bool = False) -> Tensor:
-    """The gradient [N, D] in fp64 that belongs to slopes [N, N]; ``half``: with A in bf16."""
+    """The gradient [N, D] in fp64 that belongs to slopes [N, N]; ``half``: with A in bf16.
+
+    A_ij = slope_ij / (|x_i| |x_j|), v = 2 A x, and the gradient is v less its part along x.
+    """
     x = student.double()
     norm = x.norm(dim=1)
-    a = slope / (norm[:, None] * norm[None, :])
-    v = 2 * (a.bfloat16().double() if half else a) @ x
+    A = slope / (norm[:, None] * norm[None, :])
+    if half:
+        A = A.bfloat16().double()
+    v = 2 * A @ x
     return v - x * ((x * v).sum(1) / norm**2)[:, None]
 
 
 def lost(d: Tensor, student: Tensor, teacher: Tensor) -> float:
-    """The share of its value that the accumulator loses a step, fitted to pairs of which it is small: s and y told apart."""
-    x, y = (torch.nn.functional.normalize(v.double(), dim=1) for v in (student, teacher))
-    s, t = x @ x.T, -(y @ y.T)
-    steps_s, steps_t = student.shape[1] / STEP, teacher.shape[1] / STEP
-    expected = s * steps_s / 2 + t * (steps_s + steps_t / 2)
-    off = (expected * (s + t - d)).fill_diagonal_(0)
-    return float(off.sum() / expected.fill_diagonal_(0).square().sum())
+    """The share of its value that the accumulator loses in a step, by least squares over all pairs.
+
+    With s = x_i x_j and t = -y_i y_j, each loses its final value times half its own steps, since it grows step by step.
+    The sum t comes first, so it also loses its whole value in every step of s.
+    """
+    x = torch.nn.functional.normalize(student.double(), dim=1)
+    y = torch.nn.functional.normalize(teacher.double(), dim=1)
+    s = x @ x.T
+    t = -(y @ y.T)
+    student_steps = student.shape[1] / STEP
+    teacher_steps = teacher.shape[1] / STEP
+    expected = s * student_steps / 2 + t * (student_steps + teacher_steps / 2)
+    products = (expected * (s + t - d)).fill_diagonal_(0)
+    return float(products.sum() / expected.fill_diagonal_(0).square().sum())
+
+
+@contextmanager
+def _gains(wanted: bool, truncation: float | None) -> Iterator[Callable[[int, int], tuple[float, float]]]:
+    """With or without gains: those of the kernel are switched off in place.
+
+    Those of the imitation are given as a function of the widths.
+    """
+    from ldo.kernels import relation_plan
+
+    usual = relation_plan.gains
+    config = relation_plan.Config(128, 256, 64, 2, 8, 4, True, truncation=truncation or 0.0)
+
+    def gains(ds: int, dt: int) -> tuple[float, float]:
+        return usual(config, ds, dt) if wanted else (1.0, 1.0)
+
+    if not wanted:
+        relation_plan.gains = lambda *_: (1.0, 1.0)
+    # plans keep the gains that they were made with
+    relation_plan.plan.cache_clear()
+    try:
+        yield gains
+    finally:
+        relation_plan.gains = usual
+        relation_plan.plan.cache_clear()
 
 
 def rows(n: int, ds: int, dt: int, device: torch.device) -> list[dict]:
     """One row for each treatment of truncation."""
     generator = torch.Generator(device).manual_seed(n + ds)
     student, teacher, _, _ = bench_align.inputs("few", 1, n, ds, dt, generator, torch.bfloat16)
-    student, teacher = student[0], teacher[0]
+    student = student[0]
+    teacher = teacher[0]
     margin = bench_align.options("few", ds, dt)["margin"]
-    true = exact(student, teacher)
-    wanted = slopes(true, margin)
+    wanted = slopes(exact(student, teacher), margin)
     reference = gradient_of(wanted, student)
-    gpu = device.type == "cuda"
-    measured = None if gpu else lost(imitated(student, teacher), student, teacher)
-    found = []
+    on_gpu = device.type == "cuda"
+    # On a GPU the kernel takes the truncation from its configuration; of the imitation it is fitted.
+    measured = None if on_gpu else lost(imitated(student, teacher), student, teacher)
+    measured_rows = []
     for gained in (False, True):
         with _gains(gained, measured) as gains:
-            if gpu:
-                slope, whole = kernel_slopes(student, teacher, margin), gradient(student, teacher, margin)
+            if on_gpu:
+                slope = kernel_slopes(student, teacher, margin)
+                returned = gradient(student, teacher, margin)
             else:
                 slope = slopes(imitated(student, teacher, gains(ds, dt)), margin)
-                whole = gradient_of(slope, student, half=True).bfloat16().double()
+                returned = gradient_of(slope, student, half=True).bfloat16().double()
         errors = {
-            "flips": common.relative_error(gradient_of(slope, student), reference),
-            "A": common.relative_error(gradient_of(wanted, student, half=True), reference),
-            "output": common.relative_error(reference.bfloat16().double(), reference),
-            "all": common.relative_error(whole, reference),
+            "flips": relative_error(gradient_of(slope, student), reference),
+            "A": relative_error(gradient_of(wanted, student, half=True), reference),
+            "output": relative_error(reference.bfloat16().double(), reference),
+            "all": relative_error(returned, reference),
         }
         flipped = int((slope != wanted).sum())
-        row = {"op": "gradient error", "shape": {"B": 1, "N": n, "Ds": ds, "Dt": dt}, "dtype": "bf16", "margin": margin}
-        row |= {"gains": gained, "arithmetic": "the kernel's" if gpu else "imitated", "active": int(wanted.abs().sum())}
-        found.append(row | {"flipped": flipped, "truncation": measured, "errors": errors})
-        print(show.gradient_error(found[-1]))
-    return found
-
-
-class _gains:
-    """With or without gains: the kernel's are switched off in place, the imitation's returned as a function of the widths."""
-
-    def __init__(self, wanted: bool, truncation: float | None):
-        self.wanted, self.truncation = wanted, truncation
-
-    def __enter__(self):
-        from ldo.kernels import relation_plan
-
-        self.plan, self.usual = relation_plan, relation_plan.gains
-        config = relation_plan.Config(128, 256, 64, 2, 8, 4, True, truncation=self.truncation or 0.0)
-        chosen = (lambda ds, dt: self.usual(config, ds, dt)) if self.wanted else lambda ds, dt: (1.0, 1.0)
-        if not self.wanted:
-            relation_plan.gains = lambda *_: (1.0, 1.0)
-        relation_plan.plan.cache_clear()
-        return chosen
-
-    def __exit__(self, *_):
-        self.plan.gains = self.usual
-        self.plan.plan.cache_clear()
+        row = {
+            "op": "gradient error",
+            "shape": {"B": 1, "N": n, "Ds": ds, "Dt": dt},
+            "dtype": "bf16",
+            "margin": margin,
+            "gains": gained,
+            "arithmetic": "the kernel's" if on_gpu else "imitated",
+            "active": int(wanted.abs().sum()),
+            "flipped": flipped,
+            "truncation": measured,
+            "errors": errors,
+        }
+        measured_rows.append(row)
+        print(show.gradient_error(row))
+    return measured_rows
 
 
 def main() -> int:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--widths", type=bench_align.pairs, metavar="DSxDT,...", help="student x teacher")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    result = common.record(device) | {"rows": []}
-    for n in args.sizes or ([8192] if device.type == "cuda" else [1024]):
-        for ds, dt in args.widths or [USUAL]:
-            result["rows"] += rows(n, ds, dt, device)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    parser = flags.arguments(__doc__)
+    parser.add_argument("--widths", type=flags.pairs, metavar="DSxDT,...", help="student x teacher")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    result = provenance.record(device) | {"rows": []}
+    for size in arguments.sizes or ([8192] if device.type == "cuda" else [1024]):
+        for widths in arguments.widths or [USUAL]:
+            result["rows"] += rows(size, *widths, device)
+            if arguments.out:
+                write_json(arguments.out, result)
     return 0
 
 

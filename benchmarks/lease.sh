@@ -1,7 +1,8 @@
 #!/bin/sh
-# All that needs a GPU, in order of value, within a time: sh benchmarks/lease.sh probe | main | all | PART ... ; see benchmarks/lease.py
+# Everything that needs a GPU, within a time limit: sh benchmarks/lease.sh probe | main | all | PART ...
+# benchmarks/lease.py has the details.
 #
-#   PYTHON=...          an interpreter with ldo's packages (default .venv/bin/python if it is there, else python3)
+#   PYTHON=...          an interpreter with ldo's packages (default: .venv/bin/python if it exists, else python3)
 cd "$(dirname "$0")/.." || exit 2
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3

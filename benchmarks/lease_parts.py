@@ -1,4 +1,7 @@
-"""The parts of ``benchmarks/lease.py``: what each runs on a CPU (tiny), within minutes (short) and for a table (full), the most valuable first."""
+"""The parts of ``benchmarks/lease.py``, the most valuable first.
+
+Each has three sizes: tiny, to try it on a CPU; short, within minutes on a GPU; full, for the published tables.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TINY, SHORT, FULL = "tiny", "short", "full"
-FULL_LIMIT = 470  # seconds, at least, of a full run
-MODELS = ("diffusers",)
-NATIVE = "-m pytest -p no:cacheprovider --confcutdir=tests/ops"  # the operations' tests need none of the model libraries
+# seconds that every part may take at full size, at least
+FULL_LIMIT = 470
+MODELS = ("diffusers", "pydantic")
+# Without tests/conftest.py, which imports the model libraries: the tests of the operations need none of them.
+NATIVE = "-m pytest -p no:cacheprovider --confcutdir=tests/ops"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: ``command`` after the interpreter, and the arguments for each size; full is short where it says nothing."""
+    """One process: ``command`` after the interpreter, and further arguments for each size."""
 
     name: str
     limit: int  # seconds, of a short run
     command: str
     tiny: str | None = ""  # None: there is nothing to try without a GPU
     short: str = ""
-    full: str = ""
+    full: str = ""  # empty: as short
     writes: bool = True  # takes --out FILE.json
     needs: tuple[str, ...] = ()  # modules
-    extension: bool = False
-    interprets: bool = False  # Triton's kernels, on a CPU
+    extension: bool = False  # waits for the extension to be built
+    interprets: bool = False  # runs Triton's kernels under the interpreter at size tiny
 
 
 def arguments(part: Part, size: str, out: Path) -> list[str]:
     """The command of a part at a size; its results go to ``out``, if it has any."""
-    chosen = getattr(part, size) or (part.short if size == FULL else "")
-    return [sys.executable, *shlex.split(f"{part.command} {chosen}"), *(["--out", str(out)] if part.writes else [])]
+    further = getattr(part, size) or (part.short if size == FULL else "")
+    command = [sys.executable, *shlex.split(f"{part.command} {further}")]
+    return [*command, "--out", str(out)] if part.writes else command
 
 
 def _align(name: str, limit: int, tiny: str, short: str, full: str) -> Part:
@@ -41,11 +47,15 @@ def _align(name: str, limit: int, tiny: str, short: str, full: str) -> Part:
 
 def _model(name: str, limit: int, recipe: str, short: str, full: str = "", tiny: str | None = None) -> Part:
     file = f"recipes/{recipe}.yaml"
-    return Part(name, limit, "benchmarks/bench_model.py", tiny, f"{file} {short}", f"{file} {full or short}", needs=MODELS)
+    at_short = f"{file} {short}"
+    at_full = f"{file} {full or short}"
+    return Part(name, limit, "benchmarks/bench_model.py", tiny, at_short, at_full, needs=MODELS)
 
 
 _FAST = "triton,compile,eager,panels,triton-graph,compile-graph"
-_LONG = "data.frames=81 data.height=480 data.width=832 rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2"
+_LONG = (
+    "data.frames=81 data.height=480 data.width=832 rl.micro_batch=1 rl.group_size=2 align.micro_batch=1 align.batch=2"
+)
 PARTS = (
     _align(
         "recipe",
@@ -55,7 +65,14 @@ PARTS = (
         "--batch 4 --sizes 4096 --widths 1536x1024 --cases framed,few,many",
     ),
     Part("residual", 60, "benchmarks/bench_residual.py", "--quick --sizes 1568 --widths 64", "--quick"),
-    Part("advantage", 60, "benchmarks/bench_advantage.py", "--quick --sizes 64", "--quick --sizes 64,4096", extension=True),
+    Part(
+        "advantage",
+        60,
+        "benchmarks/bench_advantage.py",
+        "--quick --sizes 64",
+        "--quick --sizes 64,4096",
+        extension=True,
+    ),
     _model(
         "model",
         130,
@@ -75,8 +92,9 @@ PARTS = (
         150,
         NATIVE,
         "tests/ops/test_surrogate.py -m 'not gpu'",
+        # -k leaves out to_the_31, a part of its own, and what is the same without a GPU
         "-n auto --maxprocesses 14 tests/kernels tests/ops --ignore=tests/kernels/test_relation_aot.py "
-        "-k 'not (architecture or 16_bytes or within_a_warp or to_the_31 or opcheck or gradcheck)'",  # what runs the same without a GPU
+        "-k 'not (architecture or 16_bytes or within_a_warp or to_the_31 or opcheck or gradcheck)'",
         writes=False,
         extension=True,
     ),
@@ -89,7 +107,11 @@ PARTS = (
         "--sizes 8192,16384,32768 --cases squared",
     ),
     _align(
-        "align-sizes", 60, "--sizes 256,512 --widths 64x48", "--sizes 8192 --cases few,framed,many", "--sizes 3600,4096,8192,10240,16384,23040,32768"
+        "align-sizes",
+        60,
+        "--sizes 256,512 --widths 64x48",
+        "--sizes 8192 --cases few,framed,many",
+        "--sizes 3600,4096,8192,10240,16384,23040,32768",
     ),
     Part(
         "tests-trainer",
@@ -151,7 +173,8 @@ PARTS = (
     _model("model-cogvideox", 200, "cogvideox-2b", "rl.group_size=2 rl.steps=8"),
 )
 KNOWN = {part.name: part for part in PARTS}
-MODES = {  # a deadline in seconds, which leaves some for the last part's end and the summary, and parts
+# Deadline in seconds, and parts. Some of the 200 and 500 seconds are left for the end of the last part and the summary.
+MODES = {
     "probe": (190, ("recipe", "residual", "tests")),
     "main": (485, tuple(KNOWN)[: tuple(KNOWN).index("align-widths")]),
     "all": (None, tuple(KNOWN)),

@@ -1,7 +1,8 @@
 """Where the relation loss spends its time: each of its kernels and products between two marks of the device's clock.
 
-The operation runs as it is; what it launches is wrapped. Calls follow each other without a wait, so that the GPU is kept busy
-and a mark is not the host's. What lies between the stages (padding, casts, gaps) is the whole operation less their sum.
+The operation itself is unchanged; its launches are wrapped. Calls follow each other without a wait, so that the GPU is
+kept busy and a mark shows its time and not the host's. What lies between the stages (padding, casts, gaps) is the whole
+operation less their sum.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from ldo.kernels import relation, relation_plan, support
 
+# the stage of each kernel
 KERNELS = {
     "prepare_kernel": "before",
     "pair_kernel": "pairs",
@@ -29,14 +31,17 @@ STAGES = ("before", "pairs", "product", "after")
 
 @dataclass(frozen=True)
 class Split:
-    """``ms`` by stage, medians of a call's sums. ``usage``: registers, spills and shared memory of the pair kernel, where Triton tells."""
+    """``ms``: of each stage, the median over the calls.
+
+    ``usage``: registers, spills and shared memory of the pair kernel, where Triton compiles it.
+    """
 
     ms: dict[str, float]
     usage: dict[str, int]
 
 
 def split(work: Callable[..., Any], inputs: Sequence[tuple], device: torch.device, repeat: int) -> Split:
-    """Run ``work``, which holds the relation loss, ``repeat`` times on ``inputs`` in turn after one call each that is not counted."""
+    """Run ``work``, which calls the relation loss, ``repeat`` times on ``inputs`` in turn, after a warm-up on each."""
     calls: list[list[tuple[str, Any, Any]]] = []
     compiled: dict[str, Any] = {}
 
@@ -53,40 +58,52 @@ def split(work: Callable[..., Any], inputs: Sequence[tuple], device: torch.devic
         calls[-1].append((stage, start, now()))
 
     with _patched(marked, compiled):
-        for k in range(len(inputs) + repeat):
+        for index in range(len(inputs) + repeat):
             calls.append([])
-            work(*inputs[k % len(inputs)])
+            work(*inputs[index % len(inputs)])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-    def took(start: Any, end: Any) -> float:
+    def elapsed(start: Any, end: Any) -> float:
         return start.elapsed_time(end) if device.type == "cuda" else 1e3 * (end - start)
 
-    kept = calls[len(inputs) :]
-    ms = {stage: statistics.median(sum(took(a, b) for name, a, b in call if name == stage) for call in kept) for stage in STAGES}
+    def stage_ms(call: list[tuple[str, Any, Any]], stage: str) -> float:
+        return sum(elapsed(start, end) for name, start, end in call if name == stage)
+
+    # the first call on each input set is the warm-up
+    measured = calls[len(inputs) :]
+    medians = {stage: statistics.median(stage_ms(call, stage) for call in measured) for stage in STAGES}
     kernel = compiled.get("pairs")
-    if not hasattr(kernel, "n_regs"):  # the interpreter compiles nothing
-        return Split(ms, {})
-    return Split(ms, {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared})
+    # the interpreter compiles nothing
+    if not hasattr(kernel, "n_regs"):
+        return Split(medians, {})
+    return Split(medians, {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared})
 
 
 @contextmanager
 def _patched(marked: Callable[..., None], compiled: dict[str, Any]) -> Iterator[None]:
-    """Every launch and product goes through ``marked``; ``compiled`` gets what Triton tells of a stage's kernel."""
-    launch, product = support.Launch.__call__, relation._add_product
+    """Every launch and product goes through ``marked``; ``compiled`` gets what Triton compiled for a stage."""
+    launch = support.Launch.__call__
+    product = relation._add_product
 
     def launched(self: support.Launch, *arguments: Any) -> None:
         marked(KERNELS[self.name], partial(launch, self), *arguments)
+        # after the launch, which is when Triton compiles
         compiled[KERNELS[self.name]] = self.compiled
 
-    support.Launch.__call__, relation._add_product = launched, partial(marked, "product", product)
+    support.Launch.__call__ = launched
+    relation._add_product = partial(marked, "product", product)
     try:
         yield
     finally:
-        support.Launch.__call__, relation._add_product = launch, product
+        support.Launch.__call__ = launch
+        relation._add_product = product
 
 
 def pair_flops(n: int, ds: int, dt: int, config: relation_plan.Config, b: int = 1) -> float:
-    """What the pair kernel's tiles multiply, the diagonal's squares whole: the forward's floor by symmetry and some 3% at 8k."""
+    """Operations of the pair kernel's tiles, which compute the squares on the diagonal whole.
+
+    That is the forward's floor by symmetry plus some 3% at 8k tokens.
+    """
     squares = -(-n // config.square)
     return b * squares * (squares + 1) / 2 * config.square**2 * 2 * (ds + dt)

@@ -1,4 +1,4 @@
-// The body of the kernel of group_advantage, in one launch. See tiles.h for what a tile, a large group and a chunk are.
+// The body of group_advantage's kernel, in one launch. tiles.h explains tiles, large groups and chunks.
 //
 //   1  count the groups that begin in the tile; check the ids' order and the rewards; sum the chunks of large groups
 //   2  groups of at most CHUNK samples whose first lies in the tile: mean, spread, statistics, advantages;
@@ -7,8 +7,9 @@
 //   4  large groups: add them
 //   5  large groups: advantages
 //
-// The grid waits between them. Without large groups and global scale it is done after 2. A chunk belongs to the warp in
-// whose tile it begins. With scale "global" all samples together are one more large group, and advantages wait for 5.
+// The grid synchronises between the steps. Without large groups and global scale it is done after step 2. A chunk
+// belongs to the warp in whose tile it begins. With scale "global", all samples together are one more large group, and
+// advantages wait for step 5.
 #pragma once
 
 #include "tiles.h"
@@ -36,7 +37,8 @@ class AdvantageKernel {
     d.sync_grid();
     collect(d, s, w);  // 2
     write_info();
-    if (s.any_unordered || s.first_bad != INT64_MAX) return;  // the same for every thread of the grid
+    // the same for every thread of the grid, so no block is left waiting
+    if (s.any_unordered || s.first_bad != INT64_MAX) return;
     const bool any_large = s.any_large;
     const int64_t before = group_before_tile();
     begin_groups(before);
@@ -53,18 +55,18 @@ class AdvantageKernel {
   }
 
  private:
-  // This warp's positions: as many for each warp of the grid, rounded up to whole lanes.
+  // This warp's positions: the same number for every warp of the grid, a multiple of LANES.
   LDO_DEVICE Tile tile() const {
     const int64_t warps = int64_t(d.blocks()) * WARPS, width = (n + LANES * warps - 1) / (LANES * warps) * LANES;
     return {smaller(warp * width, n), smaller((warp + 1) * width, n), 0, 0, 0};
   }
 
-  // The rewards' weights, as the whole block reads them.
+  // Puts the rewards' weights where the whole block reads them.
   LDO_DEVICE void load_weights() {
     if (d.warp() == 0 && d.lane() < kinds) s.weight[d.lane()] = a.weights ? load(a.weights, a.weights_type, d.lane()) : 1.0;
   }
 
-  // 1: looks at each sample of the tile, sums the chunks that begin in it, and tells the grid what it found.
+  // 1: checks each sample of the tile, sums the chunks that begin in it, and publishes the results to the grid.
   LDO_DEVICE void inspect_tile() {
     int64_t bad = INT64_MAX, heads = 0;
     bool unordered = false, has_large = false;
@@ -87,7 +89,7 @@ class AdvantageKernel {
     publish(d, s, w, heads, has_large, bad, unordered);
   }
 
-  // 1: sums of the large groups' chunks that begin in the tile. Is there a large group?
+  // 1: sums of the large groups' chunks that begin in the tile. Returns whether there is a large group.
   LDO_DEVICE bool sum_large_groups() {
     bool has_large = false;
     each_group(d, a.ids, t, [&](int64_t begin, int64_t end) {
@@ -110,7 +112,7 @@ class AdvantageKernel {
     }
   }
 
-  // 2: what the host reads; one thread of the grid.
+  // 2: writes what the host reads; one thread of the grid does.
   LDO_DEVICE void write_info() {
     if (warp || d.lane()) return;
     a.info[GROUPS] = s.groups;
@@ -125,7 +127,7 @@ class AdvantageKernel {
     return group;
   }
 
-  // 2: small groups that begin in the tile from start to end, and the means of large ones.
+  // 2: finishes small groups that begin in the tile, and computes the means of large ones.
   LDO_DEVICE void begin_groups(int64_t group) {
     each_group(d, a.ids, t, [&](int64_t begin, int64_t end) {
       if (begin < t.low) return;
@@ -137,7 +139,8 @@ class AdvantageKernel {
     });
   }
 
-  // A small group's statistics if stats, which comes first; its advantages then, or later where the scale is global.
+  // A small group. The first call, with stats, writes its statistics, and its advantages too unless the scale is
+  // global. Then the second call writes the advantages.
   LDO_DEVICE void small_group(int64_t begin, int64_t end, int64_t group, bool stats) {
     double *mean = s.mean[d.warp()], *divisors = s.divisors[d.warp()];
     for (int64_t j = 0; j < kinds; ++j) {

@@ -1,9 +1,9 @@
-// What the CPU and the GPU form share: types, arguments, the order of sums and the arithmetic of one value.
+// What the CPU form and the GPU form share: types, arguments, the order of sums and the arithmetic of one value.
 //
-// Everything is computed in fp64 and in one fixed order, so both forms give the same bits, on any number of cores or blocks:
-// a range of values is cut into chunks of CHUNK; in a chunk, lane l of 32 adds values l, l + 32, ...; lanes are added in
-// pairs (l, l + 16), then (l, l + 8), ...; the chunks' sums are added in the same way. Neither compiler may fuse a
-// multiplication with an addition (-ffp-contract=off, --fmad=false).
+// Everything is computed in fp64 and in one fixed order, so both forms give the same bits, on any number of cores or
+// blocks. A range of values is cut into chunks of CHUNK. In a chunk, lane l of 32 adds values l, l + 32, ... Lanes are
+// added in pairs (l, l + 16), then (l, l + 8), ... The chunks' sums are added in the same way. Neither compiler may
+// fuse a multiplication with an addition (-ffp-contract=off, --fmad=false).
 #pragma once
 
 #include <cmath>
@@ -28,14 +28,15 @@ constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 enum Dtype : int { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
 enum Scale : int { GROUP = 0, GLOBAL = 1, NONE = 2 };
-enum Info : int { GROUPS = 0, UNORDERED = 1, BAD = 2, INFO_SIZE = 3 };  // BAD: flat index of the first reward that is not finite, or -1
+// BAD: the flat index of the first reward that is not finite, or -1.
+enum Info : int { GROUPS = 0, UNORDERED = 1, BAD = 2, INFO_SIZE = 3 };
 
 struct bfloat16 {
   uint16_t bits;
 };
 
-// Group advantages of samples whose ids do not fall; see ldo/ops/advantage.py for the formula.
-// If they do fall somewhere, or a reward is not finite, only info is written.
+// Group advantages of samples whose ids never decrease; see ldo/ops/advantage.py for the formula.
+// If they decrease somewhere, or a reward is not finite, only info is written.
 struct Advantage {
   const void* rewards;  // [samples, kinds]
   Dtype rewards_type;
@@ -101,7 +102,7 @@ LDO_BOTH int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LDO_BOTH int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LDO_BOTH int64_t chunks_of(int64_t count) { return (count + CHUNK - 1) / CHUNK; }
 
-// Sum, least and greatest of some values.
+// Sum, smallest and largest of some values.
 struct Sums {
   double sum = 0;
   double low = INFINITE;

@@ -20,7 +20,7 @@ V pairwise(V (&lane)[LANES]) {
   return lane[0];
 }
 
-// Folds value(i), i in [begin, end), in the order that arithmetic.h states. V is double or Sums.
+// Adds up value(i) for i in [begin, end), in the order that arithmetic.h states. V is double or Sums.
 template <class V, class F>
 V fold(int64_t begin, int64_t end, F value) {
   auto add = [](V& to, const auto& x) {
@@ -43,7 +43,7 @@ V fold(int64_t begin, int64_t end, F value) {
   return pairwise(lane);
 }
 
-// Rows before the first that breaks the order of ids, groups among them, the first bad reward.
+// Writes info: the number of groups, whether ids decrease somewhere, and the first reward that is not finite.
 template <class T>
 void inspect(const Advantage& a, const T* rewards) {
   a.info[GROUPS] = 0;

@@ -1,4 +1,5 @@
-// Kernels around the bodies of advantage_kernel.h and surrogate_kernel.h, and their launches. No torch headers: pointers, sizes and a stream come in.
+// Kernels around the bodies of advantage_kernel.h and surrogate_kernel.h, and their launches. No torch headers: they
+// take only pointers, sizes and a stream.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -85,7 +86,8 @@ int launch(void (*kernel)(P...), int64_t warps, int device, void* stream, std::a
   const void* function = reinterpret_cast<const void*>(kernel);
   error = blocks == 1 ? cudaLaunchKernel(function, 1, BLOCK, pointers, 0, static_cast<cudaStream_t>(stream))
                       : cudaLaunchCooperativeKernel(function, blocks, BLOCK, pointers, 0, static_cast<cudaStream_t>(stream));
-  if (error) cudaGetLastError();  // reported here; do not leave it for the next caller
+  // reported here, so it must not be left for the next caller
+  if (error) cudaGetLastError();
   return error;
 }
 

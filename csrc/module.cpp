@@ -1,5 +1,6 @@
-// The Python module ldo._C: raw pointers, sizes, types and a stream in, nothing of torch. ldo/ops/native.py checks the
-// tensors behind the pointers; what can be checked without them is checked again here. All arguments are named.
+// The Python module ldo._C. It takes raw pointers, sizes, types and a stream, and knows nothing of torch.
+// ldo/ops/native.py checks the tensors behind the pointers; whatever can be checked without them is checked again here.
+// All arguments are passed by name.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@ using namespace ldo;
 
 namespace {
 
-constexpr int INTERFACE = 2;  // raised with every change of a signature; ldo/ops/extension.py refuses another
+constexpr int INTERFACE = 2;  // raise it with every change of a signature; ldo/ops/extension.py refuses any other
 constexpr int CPU = -1;  // the device that is no GPU
 
 using Address = uintptr_t;  // 0 is null
@@ -37,7 +38,7 @@ Dtype real(int code) {
 
 Dtype dtype(int code) { return code == BFLOAT16 ? BFLOAT16 : real(code); }
 
-// Is this call for a GPU? What it needs there is checked.
+// Whether this call is for a GPU. Checks what it needs there.
 bool on_gpu(int device, Address workspace, int64_t workspace_bytes) {
   if (device == CPU) return false;
 #ifdef LDO_WITH_CUDA
@@ -59,7 +60,7 @@ int64_t advantage_workspace(int64_t, int64_t) { return 0; }
 int64_t surrogate_workspace(int64_t, int64_t) { return 0; }
 #endif
 
-// Returns info where it waits, which it always does on the CPU; there info may be null.
+// Returns info if it waits, which it always does on the CPU; there the info pointer may be null.
 py::object group_advantage(Address rewards, int rewards_type, Address ids, Address weights, int weights_type, int64_t samples, int64_t kinds,
                            int scale, double clip, double eps, int out_type, Address advantage, Address mean, Address deviation, Address zero,
                            Address info, Address workspace, int device, Address stream, bool wait) {

@@ -1,4 +1,5 @@
-// The body of the surrogate's kernel: a warp takes every warps-th chunk of elements; the first warp adds the chunks' sums.
+// The body of the surrogate's kernel. The chunks of elements are dealt out to the warps in turn; the first warp adds up
+// the chunks' sums.
 #pragma once
 
 #include "warp.h"
@@ -7,7 +8,7 @@ namespace ldo {
 
 constexpr int PARTS = 4;  // sums of a chunk: weighted losses, losses, divergences, clipped elements
 
-// Up to WARPS chunks are one block's, and its shared memory holds their sums.
+// Up to WARPS chunks take one block, whose shared memory holds their sums.
 LDO_BOTH int64_t parts_in_workspace(int64_t chunks) { return chunks <= WARPS ? 0 : chunks * PARTS; }
 
 template <class D, class T>
@@ -49,7 +50,7 @@ class SurrogateKernel {
       if (d.lane() == 0) parts[chunk * PARTS + q] = sums[q];
   }
 
-  // Adds the chunks' sums and writes the four means; one warp.
+  // Adds the chunks' sums and writes the four means; one warp does.
   LDO_DEVICE void write_scalars() {
     T* scalars = static_cast<T*>(s.scalars);
     double mean[PARTS];

@@ -1,5 +1,6 @@
-// How group_advantage divides samples: each warp owns a tile of positions; ids do not fall, so a group is a range of them, and a large
-// group a row of chunks. Here is the memory that the warps share, and what finds, sums and writes one group or chunk.
+// How group_advantage divides samples. Each warp owns a tile of positions. Ids never decrease, so a group is a range of
+// positions; a large group, of more than CHUNK samples, is cut into chunks. Here are the memory that the warps share,
+// and the functions that find, sum and write one group or chunk.
 #pragma once
 
 #include "warp.h"
@@ -13,10 +14,10 @@ struct Shared {
   double mean[WARPS][MAX_REWARDS], divisors[WARPS][MAX_REWARDS], weight[MAX_REWARDS];
 };
 
-// The most blocks that a launch for so many samples has: one a thread's worth of samples.
+// The most blocks that a launch for so many samples has: one thread for each sample.
 LDO_BOTH int64_t most_blocks(int64_t samples) { return larger(1, smaller((samples + BLOCK - 1) / BLOCK, MAX_BLOCKS)); }
 
-// Scratch memory in global memory; nothing in it needs to be set before a launch.
+// Scratch memory in global memory; it needs no initialisation.
 struct Workspace {
   int64_t *heads, *large, *bad, *unordered;  // [blocks]
   Sums* sums;  // [slots, kinds]: of a chunk of a large group; see slot_of
@@ -42,10 +43,12 @@ struct Workspace {
   }
 };
 
-// Distinct for all chunks of groups larger than CHUNK: two first chunks begin more than CHUNK apart, and so do two later ones.
+// Distinct for all chunks of groups larger than CHUNK: two first chunks begin more than CHUNK apart, and two later ones
+// at least CHUNK apart.
 LDO_BOTH int64_t slot_of(int64_t chunk_begin, bool first) { return 2 * (chunk_begin / CHUNK) + !first; }
 
-// The first position in [low, high] at which test holds, if it holds from there on; high counts as holding. 32 probes at a time.
+// The first position in [low, high] at which test holds, given that it holds from there on; high counts as holding.
+// The warp tries 32 positions at a time.
 template <class D, class F>
 LDO_DEVICE int64_t first_where(const D& d, int64_t low, int64_t high, F test) {
   while (low < high) {
@@ -64,7 +67,7 @@ LDO_DEVICE int64_t first_where(const D& d, int64_t low, int64_t high, F test) {
   return low;
 }
 
-// A warp's positions [low, high) and the groups that overlap them, of which the first begins at `first` and the last ends at `last`.
+// A warp's positions [low, high). The first of the groups that overlap them begins at `first`, the last ends at `last`.
 struct Tile {
   int64_t low, high, first, last;
   int heads;  // groups that begin in it
@@ -74,7 +77,8 @@ template <class D>
 LDO_DEVICE int64_t group_begin(const D& d, const int64_t* ids, int64_t at) {
   const int64_t id = ids[at], near = at - LANES;
   auto same = [=](int64_t i) { return i >= 0 && ids[i] == id; };
-  const uint32_t other = d.ballot(!same(at - 1 - d.lane()));  // most groups are small: look next door first
+  // most groups are small, so look at the nearest positions first
+  const uint32_t other = d.ballot(!same(at - 1 - d.lane()));
   if (other) return at - first_bit(other);
   return first_where(d, 0, near, same);
 }
@@ -157,7 +161,7 @@ LDO_DEVICE void write_stats(const D& d, const Advantage& a, int64_t group, int64
   a.zero[group * a.kinds + j] = zero;
 }
 
-// What block and grid need to know of each warp's tile; after the second sync_grid every block holds the grid's figures.
+// What the block and the grid need to know of each warp's tile. After the grid has synchronised, collect reads it.
 template <class D>
 LDO_DEVICE void publish(const D& d, Shared& s, const Workspace& w, int64_t heads, bool large, int64_t bad, bool unordered) {
   if (d.lane() == 0) {
@@ -181,7 +185,7 @@ LDO_DEVICE void publish(const D& d, Shared& s, const Workspace& w, int64_t heads
   w.unordered[d.block()] = mixed;
 }
 
-// The second half of publish, after the grid has waited.
+// The second half of publish, after the grid has synchronised: every block collects the totals of the grid.
 template <class D>
 LDO_DEVICE void collect(const D& d, Shared& s, const Workspace& w) {
   if (d.warp() == 0) {

@@ -1,6 +1,7 @@
-// What the kernels share: the shape of a block and operations of one warp, written against a small device interface D, so that
-// the GPU (launch.cu) and a host emulation (tests/csrc/emulate.h) run the same source. D gives lane(), warp() in the block,
-// block(), blocks(); ballot() and shuffle_xor() over a warp; sync_warp(), sync_block() and sync_grid(). Every block is resident, or alone.
+// What the kernels share: the shape of a block and operations of one warp. They are written against a small device
+// interface D, so that the GPU (launch.cu) and a host emulation (tests/csrc/emulate.h) run the same source. D has
+// lane(), warp() in the block, block() and blocks(); ballot() and shuffle_xor() over a warp; sync_warp(), sync_block()
+// and sync_grid(). All blocks are resident at once.
 #pragma once
 
 #include <type_traits>

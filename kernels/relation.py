@@ -1,22 +1,30 @@
-"""The relation loss on a GPU: forward and gradient in one pass over the pairs, no N x N matrix beyond a fixed workspace.
+"""The relation loss on a GPU: loss and gradient in one pass over the pairs, in a workspace of fixed size.
 
 With unit vectors xh, G_ij = W_ij phi'(d_ij) / sum W (symmetric) and A_ij = G_ij / (n_i n_j), n = |x|:
 
     h_i     = 2 sum_j G_ij xh_j                      dL/dxh
     dL/dx_i = (h_i - xh_i (xh_i . h_i)) / n_i
-            = v_i - xh_i (xh_i . v_i),  v = 2 A X    no norm is left over, no normalised copy of X is made
+            = v_i - xh_i (xh_i . v_i),  v = 2 A X    the norms cancel, so no normalised copy of X is needed
 
-Five launches: one prepares (norms, the weight of both classes of pairs; ``relation_prepare.py``), the pair kernel walks
-the upper triangle in tiles and writes A in the student's precision, with its mirror image (``relation_pairs.py``), one adds
-up the loss, cuBLAS multiplies A X into fp32, and a row kernel projects (``relation_finish.py``). Where A would pass
-``WORKSPACE``, panels of rows are made one after another, from the diagonal to the right edge, and each serves twice:
-v[p] += A[p] X[p0:] and v[p1:] += A[p]' X[p]. Work per N^2 is then 3 D + E, the least there is for N > D + E.
+A call makes five launches:
 
-fp16 holds A only without the norms, so there G multiplies unit vectors, and the norm comes last. fp32 inputs are
-multiplied in three TF32 products (fp32 accuracy), or in one if torch allows TF32 for matrix products.
+1. ``relation_prepare.py`` computes the norms and the weight of both classes of pairs.
+2. ``relation_pairs.py`` walks the upper triangle of pairs in tiles. It writes A, with its mirror image, in the
+   student's precision.
+3. cuBLAS multiplies A X into fp32.
+4. ``relation_finish.py`` adds up the loss.
+5. ``relation_finish.py`` projects A X to the gradient.
 
-What follows from the shapes is kept ready (``relation_plan.py``). Deterministic: fixed tiles, fixed order of sums, no
-atomics. Nothing here waits for the GPU; after one call, further ones of the same shape can be captured in a CUDA graph.
+If A is larger than ``WORKSPACE``, it is computed in panels of rows, one after another. A panel spans from the diagonal
+to the right edge and is used twice: v[p] += A[p] X[p0:] and v[p1:] += A[p]' X[p]. Work per N^2 is then 3 D + E, the
+minimum for N > D + E.
+
+The range of fp16 is too small for A. For fp16, G multiplies unit vectors and the norm is divided out at the end. fp32
+inputs are multiplied in three TF32 products (fp32 accuracy), or in one if torch allows TF32 for matrix products.
+
+Everything that follows only from the shapes is cached (``relation_plan.py``). Results are deterministic: tiles and the
+order of sums are fixed, and there are no atomics. Nothing here waits for the GPU. After a first call, further calls of
+the same shape can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -28,14 +36,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ldo.kernels import relation_plan
-from ldo.kernels.relation_plan import FrameOrder, Key, Plan
-from ldo.kernels.support import add_product, written
+from ldo.kernels import relation_frames, relation_plan
+from ldo.kernels.relation_frames import FrameOrder
+from ldo.kernels.relation_plan import Key, Plan
+from ldo.kernels.support import WORKSPACE, add_product, written
 
-WORKSPACE = 256 * 2**20  # bytes of A that are held at a time
 
-
-def relation_loss(
+def fused_relation_loss(
     student_BND: Tensor,
     teacher_BNE: Tensor,
     frame_N: Tensor | None,
@@ -46,11 +53,15 @@ def relation_loss(
     spatial: float,
     temporal: float,
 ) -> Tensor:
-    """See ``ldo.ops.relation_loss``. The teacher is cast to the student's precision. Norms may reach 1e18."""
+    """The Triton form of ``ldo.ops.relation_loss``, which explains the arguments.
+
+    The teacher is cast to the student's precision. Norms up to 1e18 are supported.
+    """
     gradient = student_BND.requires_grad and torch.is_grad_enabled()
     options = (float(margin), penalty, float(spatial), float(temporal))
     teacher = teacher_BNE.detach()
     weight = None if weight_BN is None else weight_BN.detach()
+    # torch.compile needs an operator of torch.library; in eager mode that costs the host several times as much
     if torch.compiler.is_compiling():
         return _forward(student_BND, teacher, frame_N, weight, *options, gradient)[0]
     if gradient:
@@ -59,7 +70,7 @@ def relation_loss(
 
 
 class _RelationLoss(torch.autograd.Function):
-    """In eager mode: an operator of torch.library costs the host several times as much."""
+    """The relation loss with its gradient in eager mode."""
 
     @staticmethod
     def forward(ctx, student, teacher, frame, weight, options):
@@ -71,8 +82,10 @@ class _RelationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        found = None if upstream is None else _project(upstream, *ctx.saved_tensors)
-        return found, None, None, None, None
+        if upstream is None:
+            return None, None, None, None, None
+        product, scale, student = ctx.saved_tensors
+        return _project(upstream, product, scale, student), None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- the operators
@@ -90,9 +103,13 @@ def _forward(
     temporal: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), A X / scale [B, N, D] where ``gradient``, else empty, and scale [B], which was kept out of A."""
-    loss, product, scale = _run(student, teacher, frame, weight, (margin, penalty, spatial, temporal), gradient)
-    return loss, loss.new_empty(0) if product is None else product, scale[: len(student)].clone()
+    """Loss [], A X / scale [B, N, D] if ``gradient`` (else empty), and scale [B], which A does not contain."""
+    options = (margin, penalty, spatial, temporal)
+    loss, product, scale = _run(student, teacher, frame, weight, options, gradient)
+    if product is None:
+        product = loss.new_empty(0)
+    # cloned, since the results of an operator must not share memory: scale is a view of the scratch buffer
+    return loss, product, scale[: len(student)].clone()
 
 
 @_forward.register_fake
@@ -104,7 +121,7 @@ def _(student, teacher, frame, weight, margin, penalty, spatial, temporal, gradi
 
 @torch.library.custom_op("ldo::relation_backward", mutates_args=())
 def _backward(upstream: Tensor, product: Tensor, scale: Tensor, student: Tensor) -> Tensor:
-    """dL/dstudent in its precision, rounded once and after it was scaled: in fp16 a loss scale must still act."""
+    """dL/dstudent in the student's precision, rounded once, after scaling: an fp16 loss scale must take effect."""
     return _project(upstream, product, scale, student)
 
 
@@ -114,15 +131,21 @@ def _(upstream, product, scale, student):
 
 
 def _save(ctx, inputs, output):
+    student, *_, gradient = inputs
+    _, product, scale = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], output[2], inputs[0])
-    ctx.gradient = inputs[-1]
+    ctx.save_for_backward(product, scale, student)
+    ctx.gradient = gradient
 
 
 def _gradients(ctx, upstream, *_):
     assert ctx.gradient, "ldo::relation was run without its gradient"
-    found = None if upstream is None else _backward(upstream, *ctx.saved_tensors)
-    return found, *[None] * 8
+    found = None
+    if upstream is not None:
+        product, scale, student = ctx.saved_tensors
+        found = _backward(upstream, product, scale, student)
+    # none for teacher, frame, weight, the four options and the flag
+    return found, None, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -134,79 +157,123 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def _run(
     student: Tensor, teacher: Tensor, frame: Tensor | None, weight: Tensor | None, options: tuple, gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Loss (), A X / scale [B, N, D] fp32 or None, scale [B]."""
-    x, t = _input(student), _input(teacher if teacher.dtype == student.dtype else teacher.to(student.dtype))
-    weight = None if weight is None else _input(weight)
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-    kinds = (x.dtype, x.device, frame is not None, None if weight is None else weight.dtype)
-    the = relation_plan.plan(Key(*x.shape, t.shape[2], *kinds, *options, gradient, WORKSPACE, precision))
-    with _on(x):
-        frames = None if frame is None else relation_plan.frame_order(frame, the.padded)
-        return _launch(the, x, t, frames, weight)
+    """Loss [], A X / scale [B, N, D] fp32 or None, and scale [B]."""
+    student = _input(student)
+    if teacher.dtype != student.dtype:
+        teacher = teacher.to(student.dtype)
+    teacher = _input(teacher)
+    if weight is not None:
+        weight = _input(weight)
+    margin, penalty, spatial, temporal = options
+    clips, tokens, features = student.shape
+    key = Key(
+        clips=clips,
+        tokens=tokens,
+        student=features,
+        teacher=teacher.shape[2],
+        dtype=student.dtype,
+        device=student.device,
+        framed=frame is not None,
+        weight=None if weight is None else weight.dtype,
+        margin=margin,
+        penalty=penalty,
+        spatial=spatial,
+        temporal=temporal,
+        gradient=gradient,
+        workspace=WORKSPACE,
+        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
+    )
+    plan = relation_plan.plan(key)
+    with _on(student):
+        frames = None if frame is None else relation_frames.frame_order(frame, plan.padded)
+        return _launch(plan, student, teacher, frames, weight)
 
 
-def _launch(the: Plan, x: Tensor, t: Tensor, frames: FrameOrder | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    key = the.key
-    scratch = torch.empty(sum(the.scratch), dtype=torch.float32, device=x.device)
-    inverse, ratio, padded_weight, factor, scale, partial, observed = scratch.split(the.scratch)
-    order, run_start, frame = frames if frames is not None else (None, None, None)
-    cumulative = None if frames is None else torch.empty(key.clips, key.tokens, dtype=torch.float64, device=x.device)
+def _launch(
+    plan: Plan, student: Tensor, teacher: Tensor, frames: FrameOrder | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    key, device = plan.key, student.device
+    # one allocation for all small buffers, since each allocation costs the host time
+    scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=device)
+    inverse, ratio, padded_weight, factor, scale, partial, observed = scratch.split(plan.scratch)
     padded_weight = None if weight is None else padded_weight
-    observed = observed.view(torch.int32) if the.skips else None
-    unit = torch.empty_like(x) if the.unit else None
-    the.prepare(
-        x, t, weight, order, run_start, inverse, ratio, padded_weight, unit, cumulative, observed, factor, scale,
-        *the.prepare_fixed,
-    )  # fmt: skip
-    operands = the.operands(x, t)
+    observed = observed.view(torch.int32) if plan.skips else None
+    order = run_start = frame = cumulative = None
+    if frames is not None:
+        order, run_start, frame = frames
+        cumulative = torch.empty(key.clips, key.tokens, dtype=torch.float64, device=device)
+    unit = torch.empty_like(student) if plan.unit else None
+    plan.prepare(
+        student,
+        teacher,
+        weight,
+        order,
+        run_start,
+        inverse,
+        ratio,
+        padded_weight,
+        unit,
+        cumulative,
+        observed,
+        factor,
+        scale,
+        *plan.prepare_fixed,
+    )
     product = space = None
     if key.gradient:
-        product = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        space = relation_plan.new_space(the)
+        product = torch.empty(student.shape, dtype=torch.float32, device=device)
+        space = plan.new_space()
+    operands = plan.operands(student, teacher)
     per_token = (inverse, ratio, padded_weight, frame, observed, factor)
-    for panel in the.panels:
-        a = None if space is None else the.space_of(panel, space)
-        panel.launch(*operands, *the.outputs(a), *per_token, panel.tiles, partial, *panel.fixed)
-        if a is not None:
-            _multiply(product[panel.clips], a, (x if unit is None else unit)[panel.clips], panel.first, panel.end)
-    loss = torch.empty((), dtype=torch.float32, device=x.device)
-    the.loss(partial, scale, loss, *the.loss_fixed)
+    multiplied = student if unit is None else unit
+    for panel in plan.panels:
+        matrix = None if space is None else plan.space_of(panel, space)
+        panel.launch(*operands, *plan.outputs(matrix), *per_token, panel.tiles, partial, *panel.fixed)
+        # at once, since the next panel overwrites the workspace
+        if matrix is not None:
+            _multiply(product[panel.clips], matrix, multiplied[panel.clips], panel.first, panel.end)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    plan.loss(partial, scale, loss, *plan.loss_fixed)
     return loss, product, scale
 
 
 def _project(upstream: Tensor, product: Tensor, scale: Tensor, student: Tensor) -> Tensor:
     """dL/dstudent from A X, in the student's precision."""
-    x = _input(student)
-    gradient = torch.empty_like(x, dtype=written(x.dtype))
-    launch, fixed = relation_plan.projection(x.shape, x.dtype, x.device)
-    with _on(x):
-        launch(upstream.float(), product, scale, x, gradient, *fixed)
-    return gradient.to(x.dtype)
+    student = _input(student)
+    gradient = torch.empty_like(student, dtype=written(student.dtype))
+    launch, fixed = relation_plan.projection(student.shape, student.dtype, student.device)
+    with _on(student):
+        launch(upstream.float(), product, scale, student, gradient, *fixed)
+    return gradient.to(student.dtype)
 
 
-def _input(x: Tensor) -> Tensor:
-    """``x`` contiguous and at a multiple of 16 bytes, as the kernels are promised."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+def _input(tensor: Tensor) -> Tensor:
+    """``tensor``, contiguous and at an address that is a multiple of 16 bytes, as ``Launch`` promises the kernels."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _on(x: Tensor) -> Any:
-    """A context with the tensor's GPU as the current one; no call into CUDA if it already is."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+def _on(tensor: Tensor) -> Any:
+    """A context in which the tensor's GPU is the current one; no call into CUDA if it already is."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(tensor.device)
 
 
-def _multiply(product: Tensor, a: Tensor, x: Tensor, first: int, end: int) -> None:
+def _multiply(product: Tensor, matrix: Tensor, features: Tensor, first: int, end: int) -> None:
     """Add a panel of A [clips, rows, N - first] and its mirror image to ``product`` = A X [clips, N, D]."""
-    if first == 0 and end == x.shape[1]:
-        _add_product(product, a, x, fresh=True)
+    tokens = features.shape[1]
+    if first == 0 and end == tokens:
+        _add_product(product, matrix, features, fresh=True)
         return
-    _add_product(product[:, first:end], a, x[:, first:], fresh=first == 0)
-    if end < x.shape[1]:
-        _add_product(product[:, end:], a[:, :, end - first :].mT, x[:, first:end], fresh=first == 0)
+    # the first panel reaches every row of the product, so it overwrites and no buffer has to be cleared
+    fresh = first == 0
+    _add_product(product[:, first:end], matrix, features[:, first:], fresh=fresh)
+    if end < tokens:
+        below = matrix[:, :, end - first :].mT
+        _add_product(product[:, end:], below, features[:, first:end], fresh=fresh)
 
 
-def _add_product(total: Tensor, a: Tensor, x: Tensor, *, fresh: bool) -> None:
-    """total (+)= a x in fp32, in place; ``fresh`` overwrites what was there."""
-    add_product(total, a, x, beta=0 if fresh else 1)  # the interpreter wrote half precision as fp32
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """total (+)= left right in fp32, in place; ``fresh`` overwrites what was there."""
+    add_product(total, left, right, beta=0 if fresh else 1)

@@ -1,4 +1,4 @@
-"""Device code of the relation loss after its pairs: the loss itself, and the projection that makes A X a gradient.
+"""Device code that finishes the relation loss: the sum of the loss, and the projection of A X to the gradient.
 
 Shapes: B clips, N tokens, D student features.
 """
@@ -18,14 +18,15 @@ def loss_kernel(
     clips,
     BLOCK: tl.constexpr,
 ):
-    """loss = sum_b scale_b sum_tile partial[b, tile], in fp64 and in one order: the same to the bit every time."""
+    """loss = sum_b scale_b sum_tile partial[b, tile], in fp64 and in a fixed order: repeats are bitwise equal."""
+    # one program adds everything: with several, atomics would leave the order of the sum open
     total = tl.zeros((BLOCK,), tl.float64)
     for clip in range(clips):
-        parts = tl.zeros((BLOCK,), tl.float64)
+        clip_total = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, tiles, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            parts += tl.load(partial + k, mask=k < tiles, other=0.0).to(tl.float64)
-        total += parts * tl.load(scale + clip).to(tl.float64)
+            index = start + tl.arange(0, BLOCK)
+            clip_total += tl.load(partial + index, mask=index < tiles, other=0.0).to(tl.float64)
+        total += clip_total * tl.load(scale + clip).to(tl.float64)
         partial += tiles
     tl.store(loss, tl.sum(total).to(tl.float32))
 
@@ -42,23 +43,29 @@ def project_kernel(
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,  # D, rounded up to a power of two: whole rows stay in registers
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr,  # A multiplied unit vectors
     EPS: tl.constexpr,
 ):
-    """Per token: 2 scale upstream (v - x (x . v) / |x|^2), over |x| where v was made of unit vectors."""
+    """The gradient of each token, with v = A X / scale:
+
+        gradient = 2 scale upstream (v - x (x . v) / |x|^2)
+
+    A zero vector has gradient 0.
+    """
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < D)[None, :]
-    at = row[:, None] * D + column[None, :]
-    x = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(product + at, mask=inside, other=0.0)
+    offset = row[:, None] * D + column[None, :]
+    x = tl.load(student + offset, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(product + offset, mask=inside, other=0.0)
     factor = 2 * tl.load(scale + row // N, mask=row < rows, other=0.0) * tl.load(upstream)
     norm = tl.sqrt(tl.sum(x * x, 1))
-    zero = norm <= EPS
-    norm = tl.where(zero, 1.0, norm)
+    is_zero = norm <= EPS
+    norm = tl.where(is_zero, 1.0, norm)
     along = tl.sum(x * v, 1) / norm / norm
+    # A already holds the norms, unless it multiplied unit vectors
     if UNIT:
         factor = factor / norm
-    factor = tl.where(zero, 0.0, factor)
-    found = factor[:, None] * (v - x * along[:, None])
-    tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
+    factor = tl.where(is_zero, 0.0, factor)
+    projected = factor[:, None] * (v - x * along[:, None])
+    tl.store(gradient + offset, projected.to(gradient.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Device code of the relation loss before its pairs: numbers of every token, and the weight of both classes of pairs.
+"""Device code that prepares the relation loss: the norms of every token, and the weight of both classes of pairs.
 
 Shapes: B clips, N tokens, D student and E teacher features. Names follow ``ldo/ops/relation.py``.
 """
@@ -15,7 +15,7 @@ def prepare_kernel(
     teacher,  # [B, N, E]
     weight,  # [B, N], any floating type, or None: all 1
     order,  # [N] int32: tokens sorted by frame; None: one class of pairs
-    run_start,  # [N + 1] int32: where in that order a token's frame begins; N at the end
+    run_start,  # [N + 1] int32: for each place in that order, where its frame begins; N at the end
     inverse,  # [B, padded] fp32
     ratio,  # [B, padded] fp32
     padded_weight,  # [B, padded] fp32, or None
@@ -40,40 +40,63 @@ def prepare_kernel(
     SKIP: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """The first B programs: ``_class_factors`` of a clip. The others, per token, with n = |x| (1 for a zero vector):
+    """The first B programs compute ``_class_factors`` of one clip each. The others compute, per token, with n = |x|:
 
-        inverse = 1 / n,    ratio = n / |t| (0 for t = 0),    padded_weight = w,    unit = x / n
+        inverse = 1 / n,    ratio = n / |t|,    padded_weight = w,    unit = x / n
 
-    the first two times their gains (``relation_plan.gains``). The first three have ``padded`` places a clip, 0 past its N
-    tokens, so that the pair kernel needs no masks.
+    n is 1 for a zero vector, and ratio is 0 for t = 0. ``inverse`` and ``ratio`` are also multiplied by their gains
+    (``relation_plan.gains``). They and ``padded_weight`` have ``padded`` places a clip, 0 past its N tokens, so that
+    the pair kernel needs no masks.
     """
     program = tl.program_id(0)
     if program < clips:
-        _class_factors(weight, order, run_start, cumulative, observed, factor, scale, program, N, clips, blocks, spatial, temporal, SCAN, SKIP)
+        _class_factors(
+            weight,
+            order,
+            run_start,
+            cumulative,
+            observed,
+            factor,
+            scale,
+            program,
+            N,
+            clips,
+            blocks,
+            spatial,
+            temporal,
+            SCAN,
+            SKIP,
+        )
     else:
-        place = (program - clips) * TOKENS + tl.arange(0, TOKENS)  # tokens in all, far below 2^31
-        clip, token = place // padded, place % padded
+        # int32 is enough for the places of all clips together; offsets into features are 64-bit
+        place = (program - clips) * TOKENS + tl.arange(0, TOKENS)
+        clip = place // padded
+        token = place % padded
         inside = token < N
         row = clip.to(tl.int64) * N + token
         student_norm = _norms(student, row, inside, D, TOKENS, BLOCK)
         teacher_norm = _norms(teacher, row, inside, E, TOKENS, BLOCK)
-        norm = tl.where(student_norm <= EPS, 1.0, student_norm)  # a NaN fails the comparison and stays
+        # compared this way round, a NaN fails the comparison and stays
+        norm = tl.where(student_norm <= EPS, 1.0, student_norm)
         tl.store(inverse + place, tl.where(inside, inverse_gain / norm, 0.0))
-        teacher_inverse = tl.where(teacher_norm <= EPS, 0.0, ratio_gain / tl.where(teacher_norm <= EPS, 1.0, teacher_norm))
+        divisor = tl.where(teacher_norm <= EPS, 1.0, teacher_norm)
+        teacher_inverse = tl.where(teacher_norm <= EPS, 0.0, ratio_gain / divisor)
         tl.store(ratio + place, norm * teacher_inverse)
         if padded_weight is not None:
-            tl.store(padded_weight + place, tl.load(weight + row, mask=inside, other=0.0).to(tl.float32))
+            token_weight = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)
+            tl.store(padded_weight + place, token_weight)
         if unit is not None:
             for start in range(0, D, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 there = inside[:, None] & (column < D)[None, :]
-                at = row[:, None] * D + column[None, :]
-                value = tl.load(student + at, mask=there, other=0.0).to(tl.float32)
-                tl.store(unit + at, (value / norm[:, None]).to(unit.dtype.element_ty), mask=there)
+                offset = row[:, None] * D + column[None, :]
+                value = tl.load(student + offset, mask=there, other=0.0).to(tl.float32)
+                tl.store(unit + offset, (value / norm[:, None]).to(unit.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _norms(features, row, inside, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """The norms of TOKENS rows of ``features``, in fp32; 0 for rows that are not ``inside``."""
     squares = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -85,9 +108,10 @@ def _norms(features, row, inside, WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLO
 
 @triton.jit
 def _share(share, total):
-    """share / total in fp32, 0 for a class without weight; an fp64 division would be a call."""
-    by = total.to(tl.float32)
-    return tl.where(by > 0, tl.div_rn(share, tl.where(by > 0, by, 1.0)), 0.0)
+    """share / total in fp32, 0 for a class without weight."""
+    # not in fp64, whose division is a function call
+    divisor = total.to(tl.float32)
+    return tl.where(divisor > 0, tl.div_rn(share, tl.where(divisor > 0, divisor, 1.0)), 0.0)
 
 
 @triton.jit
@@ -108,16 +132,17 @@ def _class_factors(
     SCAN: tl.constexpr,
     SKIP: tl.constexpr,
 ):
-    """One clip's factors of W phi, share / (B sum W) of the same-frame and the cross-frame pairs, over the larger of both.
+    """One clip's factors of W phi: share / (B sum W) of same-frame and cross-frame pairs, over the larger of the two.
 
-    With n_f tokens of frame f and s_f the sum of their weights, N and S those of all:
+    With n_f tokens of frame f and s_f the sum of their weights, N and S those of all tokens, the sum of W is
 
-        sum of W over the pairs of frame f with itself        2 n_f s_f - s_f^2
-                              with all other frames           n_f (S - s_f) + s_f ((N - n_f) - (S - s_f))
+        same  = sum_f  2 n_f s_f - s_f^2                                 pairs of a frame with itself
+        cross = sum_f  n_f (S - s_f) + s_f ((N - n_f) - (S - s_f))       pairs with all other frames
 
-    s_f is a difference of running sums in frame order, in fp64. Both vanish exactly where a class has no pairs or no
-    weight: then S - s_f and N - n_f, or all of the sums, are exact zeros. ``scale`` is the larger factor: kept apart, since
-    1 / N^2 would leave fp16's range. ``observed``: 1 for each block of SKIP tokens whose weights are all 0.
+    s_f is a difference of running sums in frame order, in fp64. A class without pairs or without weight gets exactly 0,
+    because S - s_f and N - n_f, or all of the sums, are then exact zeros. ``scale`` is the larger factor. It is kept
+    out of ``factor``, since 1 / N^2 would leave fp16's range. ``observed`` is 1 for each block of SKIP tokens whose
+    weights are all 0.
     """
     row = clip.to(tl.int64) * N
     count = N.to(tl.float64)
@@ -126,48 +151,53 @@ def _class_factors(
     if (order is not None) or (weight is not None):
         total = count * 0
         for start in range(0, N, SCAN):
-            k = start + tl.arange(0, SCAN)
-            inside = k < N
+            place = start + tl.arange(0, SCAN)
+            inside = place < N
             if weight is None:
-                w = tl.where(inside, 1.0, 0.0).to(tl.float64)
+                value = tl.where(inside, 1.0, 0.0).to(tl.float64)
             else:
-                token = k
+                token = place
                 if order is not None:
-                    token = tl.load(order + k, mask=inside, other=0)
-                w = tl.load(weight + row + token, mask=inside, other=0.0).to(tl.float64)
+                    token = tl.load(order + place, mask=inside, other=0)
+                value = tl.load(weight + row + token, mask=inside, other=0.0).to(tl.float64)
             if order is not None:
-                tl.store(cumulative + row + k, total + tl.cumsum(w, 0), mask=inside)
-            total += tl.sum(w, 0)
+                tl.store(cumulative + row + place, total + tl.cumsum(value, 0), mask=inside)
+            total += tl.sum(value, 0)
         everything = total
     if order is None:
         same = 2 * count * everything - everything * everything
         cross = count * 0
     else:
-        tl.debug_barrier()  # the sums were written by other threads of this block
+        # the running sums were written by other threads of this block
+        tl.debug_barrier()
         everything = tl.load(cumulative + row + N - 1)
         same_parts = tl.zeros((SCAN,), tl.float64)
         cross_parts = tl.zeros((SCAN,), tl.float64)
         for start in range(0, N, SCAN):
-            k = start + tl.arange(0, SCAN)
-            inside = k < N
-            begin = tl.load(run_start + k, mask=inside, other=0)
-            last = inside & (tl.load(run_start + k + 1, mask=inside, other=0) != begin)
+            place = start + tl.arange(0, SCAN)
+            inside = place < N
+            begin = tl.load(run_start + place, mask=inside, other=0)
+            # a frame is counted at its last place, where all of its weights have been summed
+            last = inside & (tl.load(run_start + place + 1, mask=inside, other=0) != begin)
             before = tl.load(cumulative + row + begin - 1, mask=last & (begin > 0), other=0.0)
-            s = tl.load(cumulative + row + k, mask=last, other=0.0) - before
-            n = (k + 1 - begin).to(tl.float64)
-            other_n, other_s = count - n, everything - s
-            same_parts += tl.where(last, 2 * n * s - s * s, 0.0)
-            cross_parts += tl.where(last, n * other_s + s * (other_n - other_s), 0.0)
-        same, cross = tl.sum(same_parts, 0), tl.sum(cross_parts, 0)
-    same, cross = _share(spatial, same * clips), _share(temporal, cross * clips)
+            frame_sum = tl.load(cumulative + row + place, mask=last, other=0.0) - before
+            frame_count = (place + 1 - begin).to(tl.float64)
+            other_count, other_sum = count - frame_count, everything - frame_sum
+            same_parts += tl.where(last, 2 * frame_count * frame_sum - frame_sum * frame_sum, 0.0)
+            cross_parts += tl.where(last, frame_count * other_sum + frame_sum * (other_count - other_sum), 0.0)
+        same = tl.sum(same_parts, 0)
+        cross = tl.sum(cross_parts, 0)
+    same = _share(spatial, same * clips)
+    cross = _share(temporal, cross * clips)
     larger = tl.maximum(tl.abs(same), tl.abs(cross))
-    by = tl.where(larger > 0, larger, 1.0)
-    tl.store(factor + 2 * clip, tl.div_rn(same, by))
-    tl.store(factor + 2 * clip + 1, tl.div_rn(cross, by))
+    divisor = tl.where(larger > 0, larger, 1.0)
+    tl.store(factor + 2 * clip, tl.div_rn(same, divisor))
+    tl.store(factor + 2 * clip + 1, tl.div_rn(cross, divisor))
     tl.store(scale + clip, larger)
     if observed is not None:
         for start in range(0, blocks, SCAN // SKIP):
             block = start + tl.arange(0, SCAN // SKIP)
             token = block[:, None] * SKIP + tl.arange(0, SKIP)[None, :]
-            w = tl.load(weight + row + token, mask=token < N, other=0.0).to(tl.float32)
-            tl.store(observed + clip * blocks + block, (tl.max(tl.abs(w), 1) == 0).to(tl.int32), mask=block < blocks)
+            weights = tl.load(weight + row + token, mask=token < N, other=0.0).to(tl.float32)
+            all_zero = (tl.max(tl.abs(weights), 1) == 0).to(tl.int32)
+            tl.store(observed + clip * blocks + block, all_zero, mask=block < blocks)

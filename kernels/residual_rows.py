@@ -1,23 +1,27 @@
-"""The row kernels of the predictive residual: one pass over the data forward, one backward.
+"""The row kernels of the predictive residual: one pass over the data in the forward, one in the backward.
 
-Per row, with a and b the (layer-normed, or else raw) predicted and target features:
+Per row, with a and b the predicted and target features after their layer norm, if they have one:
 
-    cosine   1 - c,  c = a.b / (|a| |b|)       l1   mean |a - b|       l2   mean (a - b)^2
+    cosine   c = a.b / (|a| |b|),   residual = 1 - c
+    l1       residual = mean |a - b|
+    l2       residual = mean (a - b)^2
 
-``row_residuals`` holds whole rows in registers and writes 4 bytes a row; if a gradient is to come, K row statistics too.
-With t = sign(a - b) for l1 and a - b for l2, ``row_gradients`` makes of them, of z and of h
+``row_residuals`` holds whole rows in registers and writes 4 bytes a row, and for a gradient also K statistics a row.
+From these and the inputs z and h, ``row_gradients`` computes, with t = sign(a - b) for l1 and t = a - b for l2:
 
-    l1, l2   dz = s (t - mean t - a mean(t a)),   s = rstd_z / D, twice that for l2; without layer norm of z just s t
+    l1, l2   dz = s (t - mean t - a mean(t a)),   s = rstd_z / D for l1, twice that for l2
     cosine   dz = p (z - mean_z) + q (h - mean_h) + r
 
-(for cosine the layer norm's second correction vanishes, as the gradient is orthogonal to a), times upstream_s weight_m /
-total_s of the row's segment s. Upstream is not known in the forward. To write the unscaled gradient there and scale it
-later would move 3 + 2 row lengths through memory (read z and h, write; read, write): as many as this, 2 + 3. But this
-rounds once, after scaling, so that in fp16 a loss scale acts before gradients can underflow, and no [M, D] buffer waits
-for the backward.
+Without a layer norm of z, l1 and l2 are just dz = s t. For cosine the layer norm's second correction vanishes, as the
+gradient is orthogonal to a. All is multiplied by upstream_s weight_m / total_s of the row's segment s.
 
-Zero vectors have cosine 0 and gradient 0. Arithmetic is fp32; divisions and roots are rounded to nearest, and nothing is
-fused into multiply-adds, so that l1 has slope exactly 0 where a and b are the same.
+The forward does not know upstream. It could write the unscaled gradient, to be scaled later: that moves 3 + 2 row
+lengths through memory (read z and h, write; read, write), as many as the 2 + 3 here. But here the gradient is rounded
+only once, after scaling, so that an fp16 loss scale acts before gradients underflow, and no [M, D] buffer waits for the
+backward.
+
+Zero vectors have cosine 0 and gradient 0. Arithmetic is fp32. Divisions and roots are rounded to nearest and nothing is
+fused into multiply-adds, so that l1 has a slope of exactly 0 where a and b are equal.
 
 Shapes: M rows, D features, S segments. Offsets into [M, D] are 64-bit.
 """
@@ -27,10 +31,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldo.kernels.support import EPS, INTERPRET
+from ldo.kernels.support import EPS
 
-WIDEST = 16384  # features that fit in registers
-K = {"cosine": 5, "l1": 6, "l2": 6}  # statistics a row
+# The most features whose rows fit in registers.
+WIDEST = 16384
+
+# Statistics a row that the gradient needs.
+K = {"cosine": 5, "l1": 6, "l2": 6}
+
+# Launch options: with fused multiply-adds, l1 would have a slope where a and b are equal.
 OPTIONS = {"enable_fp_fusion": False}
 LN_EPS = tl.constexpr(1e-5)
 ZERO = tl.constexpr(EPS)
@@ -38,6 +47,7 @@ ZERO = tl.constexpr(EPS)
 
 @triton.jit
 def _features(base, rows, stride: tl.constexpr, cols, inside):
+    """A tile of features in fp32, 0 outside."""
     return tl.load(base + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
@@ -53,7 +63,11 @@ def _plus3(a, b, c, x, y, z):
 
 @triton.jit
 def _sums2(a, b, FUSE_SUMS: tl.constexpr):
-    """Row sums of two tiles with one exchange between warps; apart in the interpreter, which would go element by element."""
+    """Row sums of two tiles.
+
+    On a GPU both take one exchange between warps. The interpreter would reduce element by element, so there they are
+    summed one by one.
+    """
     if FUSE_SUMS:
         return tl.reduce((a, b), 1, _plus2)
     else:
@@ -62,6 +76,7 @@ def _sums2(a, b, FUSE_SUMS: tl.constexpr):
 
 @triton.jit
 def _sums3(a, b, c, FUSE_SUMS: tl.constexpr):
+    """Row sums of three tiles; see ``_sums2``."""
     if FUSE_SUMS:
         return tl.reduce((a, b, c), 1, _plus3)
     else:
@@ -70,19 +85,20 @@ def _sums3(a, b, c, FUSE_SUMS: tl.constexpr):
 
 @triton.jit
 def _rstd(squares, D: tl.constexpr):
+    """The layer norm's 1 / standard deviation, from the sum of squares of a centred row."""
     return tl.div_rn(1.0, tl.sqrt_rn(squares / D + LN_EPS))
 
 
 @triton.jit
 def _inverse(squares, rstd):
-    """1 / norm of a centred row; 0 where the norm that the layer norm leaves is that of a zero vector."""
+    """1 / norm of a centred row; 0 if after the layer norm it counts as a zero vector."""
     norm = tl.sqrt_rn(squares)
     return tl.where(norm * rstd > ZERO, tl.div_rn(1.0, tl.maximum(norm, 1e-20)), 0.0)
 
 
 @triton.jit
 def _slope(difference, METRIC: tl.constexpr):
-    """t of the formula: the metric's derivative to a, up to its factor."""
+    """t of the formula: the metric's derivative in a, up to its factor."""
     if METRIC == "l1":
         return (difference > 0).to(tl.float32) - (difference < 0).to(tl.float32)
     else:
@@ -107,6 +123,13 @@ def row_residuals(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """The residual of each row and, if ``statistics`` is given, what its gradient needs. With aa = a.a and ab = a.b:
+
+        cosine   p = q ab / aa,   q = 1 / (|a| |b|)     kept: mean_z, mean_h, p, -q, r
+        l1, l2   d = a - b                              kept: mean_z, rstd_z, mean_h, rstd_h, mean t, mean(t a)
+
+    r = q mean_h if only z has a layer norm, else 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     here = rows < M
@@ -134,7 +157,8 @@ def row_residuals(
     if NORM_H:
         h_rstd = _rstd(bb, D)
 
-    if METRIC == "cosine":  # scale cancels, so a and b stay as they are
+    # the scale of a row cancels in the cosine, so there a and b are only centred
+    if METRIC == "cosine":
         a_inverse = _inverse(aa, z_rstd)
         b_inverse = _inverse(bb, h_rstd)
         q = a_inverse * b_inverse
@@ -184,7 +208,7 @@ def row_gradients(
     weight,  # [M] fp32 or None
     statistics,  # [M, K] fp32
     total,  # [S] fp32
-    offsets,  # [S + 1] int64; not read where EACH or steps == 0
+    offsets,  # [S + 1] int64; not read if EACH or steps == 0
     gradient,  # [M, D]
     M,
     S,
@@ -200,13 +224,21 @@ def row_gradients(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """The gradient of each row: g times the factor of its segment. With a layer norm of z:
+
+        cosine   g = p (z - mean_z) + q (h - mean_h) + r
+        l1, l2   g = t - mean t - a mean(t a)
+
+    Without it l1 and l2 have g = t. q is the -q that ``row_residuals`` keeps.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     here = rows < M
     inside = here[:, None] & (cols < D)[None, :]
     z = _features(predicted, rows, predicted_stride, cols, inside)
     h = _features(target, rows, target_stride, cols, inside)
-    kept = statistics + rows * K  # all loads before the first use of any
+    # all loads come before the first use of any, so that they are in flight together
+    kept = statistics + rows * K
     z_mean = tl.load(kept, mask=here, other=0.0)
     if METRIC == "cosine":
         h_mean = tl.load(kept + 1, mask=here, other=0.0)
@@ -221,21 +253,24 @@ def row_gradients(
             t_mean = tl.load(kept + 4, mask=here, other=0.0)
             ta_mean = tl.load(kept + 5, mask=here, other=0.0)
     if weight is not None:
-        w = tl.load(weight + rows, mask=here, other=0.0)
+        row_weight = tl.load(weight + rows, mask=here, other=0.0)
 
     segment = tl.zeros([BLOCK_M], tl.int64)
     if EACH:
         segment = rows
     else:
+        # a binary search that keeps offsets[segment] <= row < offsets[end]
         end = segment + S
-        for _ in range(steps):  # offsets[segment] <= row < offsets[end]
+        for _ in range(steps):
             middle = (segment + end) // 2
             right = tl.load(offsets + middle, mask=here, other=0) <= rows
             segment = tl.where(right, middle, segment)
             end = tl.where(right, end, middle)
-    factor = tl.div_rn(tl.load(upstream + segment, mask=here, other=0.0), tl.load(total + segment, mask=here, other=1.0))
+    segment_upstream = tl.load(upstream + segment, mask=here, other=0.0)
+    segment_total = tl.load(total + segment, mask=here, other=1.0)
+    factor = tl.div_rn(segment_upstream, segment_total)
     if weight is not None:
-        factor *= w
+        factor *= row_weight
 
     if METRIC == "cosine":
         g = p[:, None] * (z - z_mean[:, None]) + q[:, None] * (h - h_mean[:, None]) + r[:, None]
@@ -248,42 +283,3 @@ def row_gradients(
         factor *= z_rstd * ((1.0 if METRIC == "l1" else 2.0) / D)
     g *= factor[:, None]
     tl.store(gradient + rows[:, None] * gradient_stride + cols[None, :], g.to(gradient.dtype.element_ty), mask=inside)
-
-
-# ---------------------------------------------------------------------------------------------------- launches
-
-
-def tile(features: int, alone: bool, interpreted: bool = INTERPRET) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps; ``alone``: the forward without statistics for a gradient.
-
-    A warp holds whole rows, up to 1024 elements of each input: sums then stay within it and wait for no other warp. On
-    an H200 that is worth a third of the forward's time (docs/kernels.md), and short rows fare better two to a warp.
-    """
-    columns = max(triton.next_power_of_2(features), 16)
-    warps = min(max(columns // 1024, 1), 16)
-    if interpreted:
-        return 8, columns, warps  # few programs: each runs as Python
-    rows = (2048 if alone and warps == 1 else 1024) // columns
-    return min(max(rows, 1), 4), columns, warps
-
-
-def launch_rows(z, h, row, statistics, metric, normalize_predicted, normalize_target) -> None:
-    """``row_residuals`` on inputs of unit stride in the features; ``statistics`` None: no gradient will be asked for."""
-    rows, features = z.shape
-    block_m, block_d, warps = tile(features, statistics is None)
-    row_residuals[(triton.cdiv(rows, block_m),)](
-        z, h, row, statistics, rows, z.stride(0), h.stride(0), features,
-        metric, normalize_predicted, normalize_target, K[metric], not INTERPRET, block_m, block_d, num_warps=warps, **OPTIONS,
-    )  # fmt: skip
-
-
-def launch_gradients(upstream, z, h, weight, statistics, total, offsets, gradient, metric, normalize_predicted) -> None:
-    """``row_gradients``; ``offsets`` may be empty where there is one segment, or one for each row."""
-    rows, features = z.shape
-    segments = len(upstream)
-    block_m, block_d, warps = tile(features, False)
-    row_gradients[(triton.cdiv(rows, block_m),)](
-        upstream, z, h, weight, statistics, total, offsets, gradient, rows, segments, (segments - 1).bit_length(),
-        z.stride(0), h.stride(0), gradient.stride(0), features,
-        metric, normalize_predicted, segments == rows, K[metric], block_m, block_d, num_warps=warps, **OPTIONS,
-    )  # fmt: skip

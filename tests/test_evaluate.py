@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ldo import evaluate, lora
-from ldo.config import RecipeError
+from ldo import evaluate
+from ldo.core.errors import RecipeError
+from ldo.models import lora
+from ldo.stages.arm_statistics import arm_statistics
+from ldo.stages.evaluate import evaluate_arms, prompt_lines
 
 
 def records(violates, path=0.9, reward=0.1):
@@ -33,7 +36,7 @@ def records(violates, path=0.9, reward=0.1):
 
 def test_means_and_intervals():
     bad = np.tile([1, 0, 0, 0], 50)
-    metrics, paired = evaluate.statistics({"base": records(bad)}, 2, 0)
+    metrics, paired = arm_statistics({"base": records(bad)}, 2, 0)
     rate = metrics["base"]["violation_rate"]
     assert rate["mean"] == 0.25 and rate["low"] < 0.25 < rate["high"]
     # a quarter of 100 prompts' two seeds: each pair is (1, 0) or (0, 0), so the seeds drawn decide
@@ -46,7 +49,7 @@ def test_difference_is_paired():
     """Prompts differ far more than arms do: a paired interval must not see it."""
     bad = np.repeat([1, 0], 60)
     arms = {"base": records(bad, reward=0.0), "ldo": records(bad, reward=0.05)}
-    _, paired = evaluate.statistics(arms, 2, 0)
+    _, paired = arm_statistics(arms, 2, 0)
     change = paired["ldo"]["reward_skill"]
     assert change["mean"] == pytest.approx(0.05) and change["high"] - change["low"] < 1e-9
     assert paired["ldo"]["violation_rate"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -56,12 +59,12 @@ def test_motion_ratio_is_a_ratio_of_sums():
     arm = records([0, 0])
     arm[0] |= {"path_length": 0.0, "path_true": 0.1}
     arm[1] |= {"path_length": 1.0, "path_true": 0.9}
-    assert evaluate.statistics({"base": arm}, 2, 0)[0]["base"]["motion_ratio"]["mean"] == pytest.approx(1.0)
+    assert arm_statistics({"base": arm}, 2, 0)[0]["base"]["motion_ratio"]["mean"] == pytest.approx(1.0)
 
 
 def test_users_own_prompts_have_rewards_alone():
     arm = [{"prompt": 0, "seed": s, "text": "x", "reward_skill": 0.1, "reward_plain": -0.1} for s in range(2)]
-    metrics, _ = evaluate.statistics({"base": arm}, 2, 0)
+    metrics, _ = arm_statistics({"base": arm}, 2, 0)
     assert set(metrics["base"]) == {"reward_skill", "reward_plain"}
 
 
@@ -70,7 +73,7 @@ def test_every_arm_sees_the_same_prompts_and_seeds_and_its_own_adapter(open_run)
     start = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.5 for k, v in run.fresh.items()}
     run.export("sft", lora.zeros(run.parameters))
     run.export("ldo", start)
-    result = evaluate.evaluate(run.recipe, run.model_path, run.recipe.world_model.path, run.world)
+    result = evaluate_arms(run.recipe, run.model_path, run.recipe.world_model.path, run.processes)
     read = {a: json.loads((run.folder / "eval" / f"{a}.json").read_text()) for a in ("base", "sft", "ldo")}
     assert read["base"] == read["sft"]  # an adapter of zeros is the base, to the last digit
     jobs = {a: [(r["prompt"], r["seed"], r["text"]) for r in found["moving"]] for a, found in read.items()}
@@ -83,7 +86,7 @@ def test_every_arm_sees_the_same_prompts_and_seeds_and_its_own_adapter(open_run)
 def test_test_prompts_are_not_training_prompts(open_run):
     recipe = open_run(evaluate__count=64).recipe
     train = {json.dumps(line.extra) for line in open_run().prompts}
-    assert not train & {json.dumps(line.extra) for line in evaluate.prompt_lines(recipe)}
+    assert not train & {json.dumps(line.extra) for line in prompt_lines(recipe)}
 
 
 def test_command_wants_a_run(tmp_path, capsys):
@@ -95,4 +98,4 @@ def test_too_few_prompts(open_run, tmp_path):
     path = tmp_path / "few.txt"
     path.write_text("a red ball\n")
     with pytest.raises(RecipeError, match=r"evaluate.count is 4, but .* holds 1 prompts"):
-        evaluate.prompt_lines(open_run(evaluate__prompts=str(path)).recipe)
+        prompt_lines(open_run(evaluate__prompts=str(path)).recipe)

@@ -1,103 +1,107 @@
-"""The house rules: floors of imports, the kernels' import name, file sizes, and what a wheel holds."""
+"""House rules: a folder is a floor, a name is given once, files are readable, a wheel holds what a checkout does."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.measures import measure
+
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [
-    (
-        "rng config checkpoint progress loggers metrics distributed video flow kernels world_model sandbox.simulate generator.folder report.charts "
-        "ops.dispatch ops.extension generator.published live"
-    ),
-    (
-        "cache buckets lora generator.protocol sandbox.scenes sandbox.observe update objectives "
-        "attention switches "
-        "ops ops.relation ops.residual ops.advantage ops.surrogate ops.native"
-    ),
-    "data",
-    "hub generator.base sandbox.corrupt sandbox.measure teacher critic report report.page report.surprise",
-    "generator.wan generator.cogvideox generator.hunyuan generator.ltx generator sandbox.dataset",
-    "rollout meta",
-    "passes",
-    "memory",
-    "budget",
-    "check run gate",
-    "selfmode evaluate score",
-    "encode",
-    "align",
-    "reinforce figure",
-    "qualify",
-    "train sandbox.build",
-    "sandbox.study",
-]
-FLOOR = {module: level for level, names in enumerate(FLOORS) for module in names.split()}
+# The top level of ldo/ and every __main__.py are commands; below them, a folder imports only from folders to its right.
+FLOORS = ("commands", "stages", "run", "memory", "report", "method", "sandbox", "models", "data", "ops", "core")
 
 
-def modules():
-    for path in sorted((ROOT / "ldo").rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT / "ldo").with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
-        if name and not name.endswith("__main__"):
-            yield name, path
+def modules() -> dict[str, Path]:
+    """Every module of the package but the kernels, which import nothing of it."""
+    paths = sorted((ROOT / "ldo").rglob("*.py"))
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {name: path for name, path in names.items() if name not in ("ldo", "ldo.kernels")}
 
 
-def home(name: str) -> str:
-    """The module of FLOORS that a name belongs to."""
-    while name and name not in FLOOR:
-        name = name.rpartition(".")[0]
-    return name
+MODULES = modules()
 
 
-def imports(path: Path):
+def floor(module: str) -> str:
+    """The folder that a module belongs to."""
+    parts = module.split(".")
+    return "commands" if parts[-1] == "__main__" or parts[1] not in FLOORS else parts[1]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldo":
-            base = node.module.removeprefix("ldo").removeprefix(".")
-            for alias in node.names:
-                full = f"{base}.{alias.name}".strip(".")
-                yield full if home(full) == full or not base else base
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(MODULES)
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
-def test_a_room_imports_only_from_floors_below(name, path):
-    if name == "sandbox":
-        return
-    own = home(name)
-    assert own, f"{name} has no floor; give it one"
-    for other in imports(path):
-        target = home(other)
-        if target and target != own:
-            assert FLOOR[target] < FLOOR[own] or (FLOOR[target] == FLOOR[own] and not reaches(target, own)), f"{name} imports {other}"
+def test_a_folder_is_a_floor():
+    """Imports run down: from a folder only to itself and to those below it."""
+    assert {path.name for path in (ROOT / "ldo").iterdir() if (path / "__init__.py").exists()} == set(FLOORS[1:])
+    up = [
+        f"{module} imports {other}"
+        for module, path in MODULES.items()
+        for other in imports(path)
+        if FLOORS.index(floor(other)) < FLOORS.index(floor(module)) or (floor(other) == "commands" != module)
+    ]
+    assert not up
 
 
-def reaches(start: str, goal: str) -> bool:
-    """Does ``start`` import ``goal``, directly or through its floor?"""
-    seen, todo = set(), [start]
-    table = {home(n): p for n, p in modules()}
-    while todo:
-        here = todo.pop()
-        if here == goal:
-            return True
-        if here in seen or here not in table:
-            continue
-        seen.add(here)
-        todo += [home(o) for o in imports(table[here]) if home(o)]
-    return False
+def test_no_imports_in_a_circle():
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    # a package's __init__ is imported with any of its modules; that it names them is no circle
+    graph = {
+        module: {other for other in others if not module.startswith(f"{other}.")} for module, others in graph.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' > '.join(error.args[1])}")
+
+
+def public_names(path: Path):
+    """Functions, classes and constants of a file's top level, but for a command's main and a module's log."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_") and name not in ("main", "log"))
+
+
+def test_no_two_public_things_have_one_name():
+    homes = defaultdict(list)
+    for path in [*MODULES.values(), *(ROOT / "kernels").glob("*.py")]:
+        for name in public_names(path):
+            homes[name].append(str(path.relative_to(ROOT)))
+    twice = {name: places for name, places in homes.items() if len(places) > 1}
+    assert not twice
 
 
 def test_kernels_has_no_init():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def python(code: str, folder: Path) -> str:
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+def python(code: str, folder: Path, **environment: str) -> str:
+    command, env = [sys.executable, "-c", code], os.environ | environment
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_import_kernels_is_not_ours():
-    """From the repository's root ``import kernels`` gives Hugging Face's package where it is installed, never our folder."""
+    """From the repository's root ``import kernels`` gives Hugging Face's package if installed, never our folder."""
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s and s.origin else None)"
     assert not python(code, ROOT).startswith(str(ROOT / "kernels"))
     fake = "import sys, types; m = types.ModuleType('x'); import ldo.kernels.support as s; print(s.__file__)"
@@ -107,27 +111,44 @@ def test_import_kernels_is_not_ours():
 def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("name = 'hub'")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, ldo.kernels.support as s; print(kernels.name, s.__file__)"
-    assert python(code, ROOT) == f"hub {ROOT / 'kernels' / 'support.py'}"
+    code = "import kernels, ldo.kernels.support as s; print(kernels.name, s.__file__)"
+    assert python(code, ROOT, PYTHONPATH=str(tmp_path)) == f"hub {ROOT / 'kernels' / 'support.py'}"
 
 
 @pytest.mark.slow
 def test_a_wheel_holds_what_a_checkout_does(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT], check=True, capture_output=True
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
-        "import sys; sys.path.insert(0, 'site'); import ldo, ldo.kernels.support as s, ldo.train as t; "
-        "from ldo.sandbox import dataset as d, measure as m; from ldo.ops import extension as e; from ldo.generator import published as p; "
-        "print(s.__file__, t.DEFAULT.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), bool(p.names()), e.load()[0] is not None)"
+        "import sys; sys.path.insert(0, 'site'); import ldo, ldo.kernels.support as s, ldo.train, ldo.core.config as "
+        "c; "
+        "from ldo.sandbox import shipped as d, measure as m; from ldo.ops import extension as e; "
+        "from ldo.models.generator import published as p; "
+        "print(s.__file__, c.DEFAULT_RECIPE.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), "
+        "bool(p.published_names()), e.load()[0] is not None)"
     )
     buildable = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
     out = python(code, tmp_path)
     assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True True {buildable}"
 
 
-def test_files_are_readable():
-    long = [str(p.relative_to(ROOT)) for folder in ("ldo", "kernels") for p in (ROOT / folder).rglob("*.py") if len(p.read_text().splitlines()) > 400]
+def test_files_are_short():
+    """Under 150 lines on average, and none over 400."""
+    sources = measure(["ldo", "kernels"])
+    assert sources.lines / len(sources.files) < 150
+    everything = measure(["ldo", "kernels", "benchmarks", "tests", "setup.py"])
+    long = [str(file.relative_to(ROOT)) for file, lines in everything.files.items() if lines > 400]
     assert not long, f"over 400 lines: {long}"
+
+
+def test_names_are_words_and_comments_say_why():
+    """Measured as ``python -m tests.helpers.measures`` prints it."""
+    sources = measure(["ldo", "kernels"])
+    assert sources.mean_length >= 6, f"local names have {sources.mean_length:.2f} letters on average"
+    assert sources.one_letter < 0.12, f"{sources.one_letter:.1%} of local names are one letter"
+    assert sources.comments / sources.lines >= 0.03, f"{sources.comments / sources.lines:.1%} of lines are comments"

@@ -1,22 +1,27 @@
-"""The trainer as it runs on a GPU, on a pretended one (tests/pretend.py): what is where, and which forms of the operations are taken."""
+"""The trainer as it runs on a GPU, on a pretended one (tests/helpers/pretend.py).
+
+What is where, and which forms of the operations are taken.
+"""
 
 import json
 
-import models
-import pretend
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import recipes
-from ldo import align, reinforce, run
-from ldo.check import check
-from ldo.config import read
-from ldo.distributed import join
-from ldo.generator.folder import read_geometry
+from ldo.core.distributed import join_processes
+from ldo.core.recipe_file import read_recipe
+from ldo.models.generator.folder import read_geometry
 from ldo.ops import relation, residual
+from ldo.run.load import load_run
+from ldo.run.validate import validate
+from ldo.stages.align import train_align
+from ldo.stages.reinforce import train_reinforce
+from tests.helpers import models, pretend, recipes
 
-ONE = dict(device="cuda", align__steps=1, align__batch=2, rl__updates=1, rl__group_size=2, rl__prompts=2, rl__guidance=2.0)
+ONE = dict(
+    device="cuda", align__steps=1, align__batch=2, rl__updates=1, rl__group_size=2, rl__prompts=2, rl__guidance=2.0
+)
 ONE |= dict(data__clips=2, critic__contexts=[4], rl__steps=4, rl__window_range=2)
 
 
@@ -75,10 +80,12 @@ def test_both_stages_keep_to_one_device(family, gpu, tmp_path, vjepa_folder, mon
         for op in (relation, residual):
             monkeypatch.setattr(op, "choose_triton", lambda name, impl, device, missing, forms, what: forms[-1])
     folder = models.FAMILIES[family](tmp_path / "model")
-    recipe = read(recipes.write(tmp_path, folder, vjepa_folder, model__family=read_geometry(folder)[0], **ONE))
-    here = run.load(check(recipe), join(recipe.device))
-    assert here.world.device.type == "cuda" and all(p.is_cuda for t in here.generator.transformers.values() for p in t.parameters())
-    align.train(here, "align")
-    assert all(v.is_cuda for v in reinforce.train(here).values())
+    recipe = read_recipe(recipes.write(tmp_path, folder, vjepa_folder, model__family=read_geometry(folder)[0], **ONE))
+    here = load_run(validate(recipe), join_processes(recipe.device))
+    assert here.processes.device.type == "cuda" and all(
+        p.is_cuda for t in here.generator.transformers.values() for p in t.parameters()
+    )
+    train_align(here, "align")
+    assert all(v.is_cuda for v in train_reinforce(here).values())
     rows = [json.loads(line) for line in (here.folder / "reinforce.jsonl").read_text().splitlines()]
     assert rows[0]["ratio_off"] < 1e-3

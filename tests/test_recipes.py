@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ldo.check import check, check_processes
-from ldo.config import read
+from ldo.core.recipe_file import read_recipe
+from ldo.run.rules import check_processes
+from ldo.run.validate import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -15,7 +16,7 @@ REAL = [path for path in RECIPES if not path.stem.startswith("sandbox")]
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_it_is_sound(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # prompts are found beside the recipe
-    checked = check(read(path))
+    checked = validate(read_recipe(path))
     assert checked.geometry is not None and checked.recipe.name == path.stem
     if path in REAL:
         assert len(checked.prompts) > 100 and checked.recipe.model.dtype == "bfloat16"
@@ -24,7 +25,10 @@ def test_it_is_sound(path, tmp_path, monkeypatch):
 
 
 def test_training_and_test_prompts_differ():
-    train, test = ({line.strip() for line in (ROOT / "recipes" / name).read_text().splitlines()} for name in ("motion.txt", "motion-test.txt"))
+    train, test = (
+        {line.strip() for line in (ROOT / "recipes" / name).read_text().splitlines()}
+        for name in ("motion.txt", "motion-test.txt")
+    )
     assert len(train) > 100 and len(test) >= 32 and not train & test
 
 

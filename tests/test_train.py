@@ -1,8 +1,7 @@
-"""The whole of it from the command line: all stages, killed in each of them and started again, on one process and two."""
+"""All of it from the command line: every stage, killed in each and started again, on one process and on two."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,9 +9,10 @@ import time
 import pytest
 import torch
 
-import recipes
-from ldo import lora
+from ldo.models.lora import read_lora
 from ldo.train import main
+from tests.helpers import recipes
+from tests.helpers.forked import start_run
 
 STAGES = ["gate", "sft", "align", "reinforce", "evaluate", "report"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -25,7 +25,9 @@ def command(path, *extra, processes=1):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, wan_folder, vjepa_folder):
-    return recipes.write(tmp_path_factory.mktemp("train"), wan_folder, vjepa_folder, stages=STAGES, align__steps=8, rl__updates=6)
+    return recipes.write(
+        tmp_path_factory.mktemp("train"), wan_folder, vjepa_folder, stages=STAGES, align__steps=8, rl__updates=6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, recipe):
 def wait_for(process, ready, seconds=120):
     end = time.monotonic() + seconds
     while not ready():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < end, "the run did not come so far"
         time.sleep(0.002)
 
@@ -84,7 +86,11 @@ def wait_for(process, ready, seconds=120):
 def test_killed_anywhere_it_ends_with_the_same_numbers(whole, recipe):
     name = ["name=killed"]
     folder = whole.with_name("killed")
-    lines = lambda stage: len((folder / f"{stage}.jsonl").read_text().splitlines()) if (folder / f"{stage}.jsonl").exists() else 0  # noqa: E731
+
+    def lines(stage):
+        log = folder / f"{stage}.jsonl"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     moments = [
         lambda: (folder / "recipe.yaml").exists(),
         lambda: lines("sft") >= 3,
@@ -93,21 +99,21 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(whole, recipe):
         lambda: (folder / "eval" / "sft.json").exists(),
     ]
     for ready in moments:
-        process = subprocess.Popen(command(recipe, *name), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_run([str(recipe), *name], OMP_NUM_THREADS="1")
         wait_for(process, ready)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert main([str(recipe), *name]) == 0
     assert contents(folder) == contents(whole)
 
 
 def test_two_processes_train_what_one_does(whole, recipe):
-    extra = ["name=pair", "stages=[sft,align,reinforce]", "rl.prompts=4"]
+    extra = ["name=pair", "stages=[sft,align,reinforce]", "align.steps=4", "rl.updates=2", "rl.prompts=4"]
     subprocess.run(command(recipe, *extra, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
     assert main([str(recipe), "name=alone", *extra[1:]]) == 0
     pair, alone = whole.with_name("pair"), whole.with_name("alone")
     for arm in ("sft", "aligned", "ldo"):
-        a, b, start = lora.read(pair / "lora" / arm), lora.read(alone / "lora" / arm), None
+        a, b, start = read_lora(pair / "lora" / arm), read_lora(alone / "lora" / arm), None
         for key in a:
             assert torch.allclose(a[key], b[key], atol=2e-4), (arm, key, start)
     logs = [[json.loads(line) for line in (f / "sft.jsonl").read_text().splitlines()] for f in (pair, alone)]

@@ -4,9 +4,9 @@
     l_ns   = max(-A_n r_ns, -A_n clip(r_ns, 1 - c, 1 + c))
     total  = mean_ns w_s l_ns + kl mean_ns D_ns
 
-The gradient in logp is w_s (-A_n r_ns) / (N S) where the second form is not the larger one, else 0. Under GRPO-Guard the guarded
-log-ratio takes the place of logp, and 0 that of logp_old. D is the transition's exact divergence from the reference
-(``ldo.flow.divergence``), a function of the means and not of logp.
+The gradient in logp is w_s (-A_n r_ns) / (N S) where the first form is the larger one or both are equal, else 0. Under
+GRPO-Guard, the guarded log-ratio is passed as logp, and 0 as logp_old. D is the exact divergence of a transition from
+the reference model's (``ldo.models.flow.divergence``). It is a function of the means and not of logp.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldo.ops import extension, native
-from ldo.ops.dispatch import choose
+from ldo.ops import custom_ops, extension, native
+from ldo.ops.dispatch import choose_form
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Scalars ``total``, ``policy`` (mean of l, without weights), ``divergence`` (mean of D) and ``clipped`` (share), and ``ratio`` [N, S]."""
+    """The surrogate's scalars and ratios.
+
+    ``total``; ``policy``, the mean of l without weights; ``divergence``, the mean of D; ``clipped``, the share of
+    elements that were clipped; ``ratio`` in the shape of the log-probs.
+    """
 
     total: Tensor
     policy: Tensor
@@ -42,61 +46,103 @@ def grpo_surrogate(
     kl: float = 0.0,
     impl: str = "auto",
 ) -> Surrogate:
-    """``logp_NS``: [N] or [N, S], fp32 or fp64; ``logp_old_NS``, ``divergence_NS`` alike, None for zero. ``weight``: of the policy part, one
-    number or one of each step [S].
+    """The clipped surrogate of all samples and steps; differentiable in ``logp_NS`` and ``divergence_NS``.
 
-    Differentiable in ``logp_NS`` and ``divergence_NS``. ``impl``: "cuda", "cpp" or "reference". auto is "cuda" for CUDA tensors where the
-    extension has it, else the reference: on the CPU a call costs next to nothing beside the model's step, and so a run's numbers
-    do not depend on whether a compiler was there. ValueError on shapes that do not fit and on 16-bit log-probs, which cannot tell
-    a ratio from 1.
+    ``logp_NS``: [N] or [N, S], fp32 or fp64. ``logp_old_NS`` and ``divergence_NS`` have the same shape; None stands for
+    zero. ``weight``: the weight of the policy part, one number or one for each step [S].
+
+    ``impl``: "cuda", "cpp", "reference" or "auto". auto is "cuda" for CUDA tensors if the extension has it, else the
+    reference. On the CPU a call costs next to nothing compared with the model's step, and so a run's numbers do not
+    depend on whether a compiler was available.
+
+    ValueError on shapes that do not fit, and on 16-bit log-probs, which cannot tell a ratio from 1.
     """
     shape = logp_NS.shape
-    if logp_NS.ndim not in (1, 2) or not logp_NS.numel() or advantage_N.shape != shape[:1]:
-        raise ValueError(f"grpo_surrogate: logp [N, S] and advantage [N] expected, got {tuple(shape)} and {tuple(advantage_N.shape)}")
-    for name, other in (("logp_old", logp_old_NS), ("divergence", divergence_NS)):
-        if other is not None and other.shape != shape:
-            raise ValueError(f"grpo_surrogate: {name} must have the shape of logp, {tuple(shape)}, got {tuple(other.shape)}")
-    if isinstance(weight, Tensor) and weight.shape not in ((), shape[1:]):
-        raise ValueError(f"grpo_surrogate: one weight or one of each step, {tuple(shape[1:])}, expected, got {tuple(weight.shape)}")
-    if logp_NS.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"grpo_surrogate: log-probs must be float32 or float64, got {logp_NS.dtype}")
+    _check(logp_NS, logp_old_NS, advantage_N, divergence_NS, weight)
     names, why = extension.forms(logp_NS)
-    default = names[0] if names[0] != "cpp" else "reference"
-    impl = choose("grpo_surrogate", impl, names, default, why if default != "reference" or len(names) == 1 else "plain PyTorch, on the CPU")
+    default = names[0]
+    if default == "cpp":
+        default, why = "reference", "plain PyTorch, on the CPU"
+    impl = choose_form("grpo_surrogate", impl, names, default, why)
     if impl == "reference":
         return _reference(logp_NS, logp_old_NS, advantage_N.detach(), divergence_NS, clip, weight, kl)
 
     direct = native.direct(logp_NS)
     logp = _prepared(logp_NS, logp_NS, direct)
     old = None if logp_old_NS is None else _prepared(_constant(logp_old_NS), logp, direct)
-    away = None if divergence_NS is None else _prepared(divergence_NS, logp, direct)
+    divergence = None if divergence_NS is None else _prepared(divergence_NS, logp, direct)
     advantage = _prepared(_constant(advantage_N), logp, True)
-    steps = _constant(weight).to(logp).expand(shape[1] if len(shape) == 2 else 1).contiguous() if isinstance(weight, Tensor) else None
-    given = (logp, old, advantage, away, steps, clip, 1.0 if steps is not None else weight, kl)
+    step_weights = None
+    if isinstance(weight, Tensor):
+        steps = shape[1] if len(shape) == 2 else 1
+        step_weights = _constant(weight).to(logp).expand(steps).contiguous()
+        weight = 1.0
+    given = (logp, old, advantage, divergence, step_weights, clip, weight, kl)
     if direct:
-        total, policy, divergence, clipped, ratio = native.surrogate(*given)
-        return Surrogate(total, policy, divergence, ratio, clipped)
-    scalars, ratio, _ = native.surrogate_op(*given)
-    total, policy, divergence, clipped = scalars.unbind()
-    return Surrogate(total, policy, divergence, ratio.view(shape), clipped.detach())
+        total, policy, mean_divergence, clipped, ratio = native.surrogate(*given)
+        return Surrogate(total, policy, mean_divergence, ratio, clipped)
+    scalars, ratio, _ = custom_ops.surrogate_op(*given)
+    total, policy, mean_divergence, clipped = scalars.unbind()
+    return Surrogate(total, policy, mean_divergence, ratio.view(shape), clipped.detach())
 
 
-def _constant(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
+def _check(
+    logp: Tensor, old: Tensor | None, advantage: Tensor, divergence: Tensor | None, weight: float | Tensor
+) -> None:
+    shape = logp.shape
+    if logp.ndim not in (1, 2) or not logp.numel() or advantage.shape != shape[:1]:
+        raise ValueError(
+            f"grpo_surrogate: logp [N, S] and advantage [N] expected, got {tuple(shape)} and {tuple(advantage.shape)}"
+        )
+    for name, other in (("logp_old", old), ("divergence", divergence)):
+        if other is not None and other.shape != shape:
+            raise ValueError(
+                f"grpo_surrogate: {name} must have the shape of logp, {tuple(shape)}, got {tuple(other.shape)}"
+            )
+    if isinstance(weight, Tensor) and weight.shape not in ((), shape[1:]):
+        raise ValueError(
+            f"grpo_surrogate: one weight or one of each step, {tuple(shape[1:])}, expected, got {tuple(weight.shape)}"
+        )
+    if logp.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"grpo_surrogate: log-probs must be float32 or float64, got {logp.dtype}")
 
 
-def _prepared(x: Tensor, like: Tensor, keep_shape: bool) -> Tensor:
-    """As a kernel reads it, and for the custom op always [N, S]."""
-    x = x.to(like) if x.dtype != like.dtype or x.device != like.device else x
-    return (x if keep_shape or x.ndim == 2 else x[:, None]).contiguous()
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _reference(logp: Tensor, old: Tensor | None, advantage: Tensor, away: Tensor | None, clip: float, weight: float | Tensor, kl: float) -> Surrogate:
+def _prepared(tensor: Tensor, like: Tensor, keep_shape: bool) -> Tensor:
+    """``tensor`` contiguous, with the dtype and device of ``like``, and as [N, S] unless ``keep_shape``.
+
+    The custom op takes only [N, S]. A direct call takes [N] too, which saves the host the views.
+    """
+    # asked first, since even a conversion that does nothing costs the host time
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        tensor = tensor.to(like)
+    if tensor.ndim != 2 and not keep_shape:
+        tensor = tensor[:, None]
+    return tensor.contiguous()
+
+
+def _reference(
+    logp: Tensor,
+    old: Tensor | None,
+    advantage: Tensor,
+    divergence: Tensor | None,
+    clip: float,
+    weight: float | Tensor,
+    kl: float,
+) -> Surrogate:
     ratio = (logp if old is None else logp - old.detach()).exp()
-    a = advantage.view(-1, *[1] * (logp.ndim - 1))
-    free, held = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
-    each = torch.maximum(free, held)
-    policy, clipped = each.mean(), (held > free).to(logp.dtype).mean()
-    weighted = (weight * each).mean() if isinstance(weight, Tensor) and weight.ndim else weight * policy
-    divergence = away.mean() if away is not None else logp.new_zeros(())
-    return Surrogate(weighted + kl * divergence, policy, divergence, ratio, clipped)
+    if logp.ndim == 2:
+        advantage = advantage[:, None]
+    unclipped = -advantage * ratio
+    at_bound = -advantage * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.maximum(unclipped, at_bound)
+    policy = losses.mean()
+    clipped = (at_bound > unclipped).to(logp.dtype).mean()
+    # a single weight multiplies the mean, where each element would be rounded once more
+    has_step_weights = isinstance(weight, Tensor) and weight.ndim > 0
+    weighted = (weight * losses).mean() if has_step_weights else weight * policy
+    mean_divergence = logp.new_zeros(()) if divergence is None else divergence.mean()
+    return Surrogate(weighted + kl * mean_divergence, policy, mean_divergence, ratio, clipped)

@@ -23,93 +23,106 @@ def _event(rng: np.random.Generator, frames: int) -> int:
 
 
 def _clip_inside(scene: Scene, positions: np.ndarray) -> np.ndarray:
-    r = scene.radii[:, None]
-    return np.clip(positions, r, np.array([1.0, scene.bottom]) - r)
+    radii = scene.radii[:, None]
+    return np.clip(positions, radii, np.array([1.0, scene.bottom]) - radii)
 
 
 def _shown(clip: Track) -> np.ndarray:
-    """[T, N] True where at least half of the ball can be seen beside the block."""
-    x = clip.positions[..., 0]
-    return ~((x > OCCLUDER[0]) & (x < OCCLUDER[1])) if clip.scene.occluded else np.ones(x.shape, bool)
+    """[T, N] True where at least half of the ball shows outside the block."""
+    horizontal = clip.positions[..., 0]
+    if not clip.scene.occluded:
+        return np.ones(horizontal.shape, bool)
+    return ~((horizontal > OCCLUDER[0]) & (horizontal < OCCLUDER[1]))
 
 
 def _hidden(clip: Track) -> np.ndarray:
     """[T, N] True where the block covers the ball wholly."""
-    x, r = clip.positions[..., 0], clip.radii
-    return (x - r > OCCLUDER[0]) & (x + r < OCCLUDER[1]) if clip.scene.occluded else np.zeros(x.shape, bool)
+    horizontal, radii = clip.positions[..., 0], clip.radii
+    if not clip.scene.occluded:
+        return np.zeros(horizontal.shape, bool)
+    return (horizontal - radii > OCCLUDER[0]) & (horizontal + radii < OCCLUDER[1])
 
 
 def _spare_colour(clip: Track, rng: np.random.Generator) -> int:
-    return int(rng.choice([c for c in range(len(NAMES)) if c not in clip.scene.colours]))
+    return int(rng.choice([index for index in range(len(NAMES)) if index not in clip.scene.colours]))
 
 
 def _differs(clip: Track, other: Track, at_least: float = 0.06) -> int | None:
-    """First frame at which a ball is ``at_least`` away from where it should be, followed back to the first difference."""
+    """First frame that differs at all, if some ball gets ``at_least`` away from where it should be; else None."""
     gap = np.linalg.norm(clip.positions - other.positions, axis=-1).max(1)
     return int(np.argmax(gap > 1e-6)) if gap.max() > at_least else None
 
 
 def teleport(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
-    """A ball jumps elsewhere and goes on from there."""
-    clip, k, i = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
+    """A ball jumps elsewhere and continues from there."""
+    clip, event, ball = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
     path = clip.positions.copy()
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.5)
-    path[k:, i] += length * np.array([np.cos(angle), np.sin(angle)])
+    path[event:, ball] += length * np.array([np.cos(angle), np.sin(angle)])
     path = _clip_inside(scene, path)
-    others = [j for j in range(len(scene.radii)) if j != i]
-    apart = all(np.linalg.norm(path[k, i] - path[k, j]) > scene.radii[i] + scene.radii[j] for j in others)
-    bad = replace(clip, positions=path, violation="teleport", event=k)
-    shown = _shown(bad)
-    jump = np.linalg.norm((path - clip.positions)[k, i])
-    return bad if apart and jump > 0.2 and shown[k - 1, i] and shown[k, i] else None
+    # Where two balls would overlap after the jump, the clip would break two laws at once.
+    others = [index for index in range(len(scene.radii)) if index != ball]
+    apart = all(
+        np.linalg.norm(path[event, ball] - path[event, other]) > scene.radii[ball] + scene.radii[other]
+        for other in others
+    )
+    broken = replace(clip, positions=path, violation="teleport", event=event)
+    # A jump that begins or ends behind the block would look like a ball that vanishes.
+    shown = _shown(broken)
+    jump = np.linalg.norm((path - clip.positions)[event, ball])
+    return broken if apart and jump > 0.2 and shown[event - 1, ball] and shown[event, ball] else None
 
 
 def vanish(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
-    """A ball ceases to be; behind the block too."""
-    clip, k, i = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
+    """A ball disappears for good, perhaps while it is behind the block."""
+    clip, event, ball = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
     present = clip.present.copy()
-    present[k:, i] = False
-    return replace(clip, present=present, violation="vanish", event=k)
+    present[event:, ball] = False
+    return replace(clip, present=present, violation="vanish", event=event)
 
 
 def freeze(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """Everything stops in mid-motion."""
-    clip, k = track(scene, frames), _event(rng, frames)
+    clip, event = track(scene, frames), _event(rng, frames)
     path = clip.positions.copy()
-    path[k:] = path[k - 1]
-    return replace(clip, positions=path, violation="freeze", event=k) if _differs(clip, replace(clip, positions=path), 0.1) else None
+    path[event:] = path[event - 1]
+    broken = replace(clip, positions=path, violation="freeze", event=event)
+    # Balls that hardly move would look the same frozen.
+    return broken if _differs(clip, broken, 0.1) else None
 
 
 def float_away(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """Gravity turns upward."""
     if not scene.gravity or scene.kind == "stack":
         return None
-    clip, k = track(scene, frames), _event(rng, frames)
+    clip, event = track(scene, frames), _event(rng, frames)
     path, speed, _ = simulate(scene, frames)
-    bent, _, _ = simulate(replace(scene, positions=path[k - 1], velocities=speed[k - 1]), frames - k + 1, gravity=-GRAVITY)
-    bad = replace(clip, positions=np.concatenate([path[: k - 1], bent]), violation="float", event=k)
-    return bad if _differs(clip, bad, 0.1) else None
+    # Started on the last valid frame, so that position and velocity stay continuous and only the law changes.
+    start = replace(scene, positions=path[event - 1], velocities=speed[event - 1])
+    bent, _, _ = simulate(start, frames - event + 1, gravity=-GRAVITY)
+    broken = replace(clip, positions=np.concatenate([path[: event - 1], bent]), violation="float", event=event)
+    return broken if _differs(clip, broken, 0.1) else None
 
 
 def colour(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """A ball changes colour in plain sight."""
-    clip, k, i = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
+    clip, event, ball = track(scene, frames), _event(rng, frames), int(rng.integers(len(scene.radii)))
     colours = clip.colours.copy()
-    colours[k:, i] = _spare_colour(clip, rng)
-    shown = _shown(clip)[k - 1 : k + 1, i].all()
-    return replace(clip, colours=colours, violation="colour", event=k) if shown else None
+    colours[event:, ball] = _spare_colour(clip, rng)
+    shown = _shown(clip)[event - 1 : event + 1, ball].all()
+    return replace(clip, colours=colours, violation="colour", event=event) if shown else None
 
 
 def swap(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """A ball goes behind the block and another one comes out."""
-    clip, i = track(scene, frames), int(rng.integers(len(scene.radii)))
-    hidden = np.flatnonzero(_hidden(clip)[:, i])
+    clip, ball = track(scene, frames), int(rng.integers(len(scene.radii)))
+    hidden = np.flatnonzero(_hidden(clip)[:, ball])
     if not len(hidden):
         return None
-    k = int(hidden[0])
+    event = int(hidden[0])
     colours = clip.colours.copy()
-    colours[k:, i] = _spare_colour(clip, rng)
-    return replace(clip, colours=colours, violation="swap", event=k)
+    colours[event:, ball] = _spare_colour(clip, rng)
+    return replace(clip, colours=colours, violation="swap", event=event)
 
 
 def interpenetrate(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -118,11 +131,17 @@ def interpenetrate(scene: Scene, rng: np.random.Generator, frames: int) -> Track
         return None
     clip = track(scene, frames)
     path, _, _ = simulate(scene, frames, collide=False)
-    bad = replace(clip, positions=path, violation="interpenetrate")
-    r, count = scene.radii, len(scene.radii)
-    depth = max(((r[i] + r[j] - np.linalg.norm(path[:, i] - path[:, j], axis=-1)) / min(r[i], r[j])).max() for i in range(count) for j in range(i))
-    k = _differs(clip, bad)
-    return replace(bad, event=k) if k and depth > 0.5 else None
+    broken = replace(clip, positions=path, violation="interpenetrate")
+    radii, count = scene.radii, len(scene.radii)
+    # A graze does not show: the overlap must reach half the smaller ball's radius.
+    depth = 0.0
+    for ball in range(count):
+        for other in range(ball):
+            distance = np.linalg.norm(path[:, ball] - path[:, other], axis=-1)
+            overlap = (radii[ball] + radii[other] - distance) / min(radii[ball], radii[other])
+            depth = max(depth, overlap.max())
+    event = _differs(clip, broken)
+    return replace(broken, event=event) if event and depth > 0.5 else None
 
 
 def restitution(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -130,33 +149,36 @@ def restitution(scene: Scene, rng: np.random.Generator, frames: int) -> Track | 
     if scene.kind != "bounce":
         return None
     clip = track(scene, frames)
+    # Far from any restitution that a prompt promises (1.0 and 0.6), in either direction.
     path, _, events = simulate(scene, frames, restitution=float(rng.choice([0.25, 1.5])))
-    if any(e.j >= 0 for e in events):
+    # Another bounce may send balls into each other, which would be a second difference.
+    if any(event.other >= 0 for event in events):
         return None
-    bad = replace(clip, positions=path, violation="restitution")
-    k = _differs(clip, bad, 0.1)
-    return replace(bad, event=k) if k else None
+    broken = replace(clip, positions=path, violation="restitution")
+    first_difference = _differs(clip, broken, 0.1)
+    return replace(broken, event=first_difference) if first_difference else None
 
 
 def jitter(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """Balls tremble about their paths."""
-    clip, k = track(scene, frames), _event(rng, frames)
+    clip, event = track(scene, frames), _event(rng, frames)
     path = clip.positions.copy()
-    path[k:] += rng.normal(0, 0.03, path[k:].shape)
-    return replace(clip, positions=_clip_inside(scene, path), violation="jitter", event=k)
+    path[event:] += rng.normal(0, 0.03, path[event:].shape)
+    return replace(clip, positions=_clip_inside(scene, path), violation="jitter", event=event)
 
 
 def shuffle(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     """The later frames come in another order."""
-    clip, k = track(scene, frames), _event(rng, frames) - 2
+    clip, event = track(scene, frames), _event(rng, frames) - 2
+    # Earlier than other breaks, to have enough frames to shuffle; the frames before show how things move.
     order = np.arange(frames)
-    order[k:] = rng.permutation(order[k:])
-    bad = replace(clip, positions=clip.positions[order], violation="shuffle", event=k)
-    moved = _differs(clip, bad, 0.1)
-    return replace(bad, event=moved) if moved else None
+    order[event:] = rng.permutation(order[event:])
+    broken = replace(clip, positions=clip.positions[order], violation="shuffle", event=event)
+    moved = _differs(clip, broken, 0.1)
+    return replace(broken, event=moved) if moved else None
 
 
-KINDS: dict[str, Callable[[Scene, np.random.Generator, int], Track | None]] = {
+VIOLATIONS: dict[str, Callable[[Scene, np.random.Generator, int], Track | None]] = {
     "teleport": teleport,
     "vanish": vanish,
     "freeze": freeze,
@@ -168,28 +190,31 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator, int], Track | None]] = {
     "jitter": jitter,
     "shuffle": shuffle,
 }
-# What a web-like training mix contains. Trembling and shuffled clips are left to the tests of metrics and critic.
+# What a web-like training mix contains. Only the tests of metrics and critic use ``jitter`` and ``shuffle``.
 PLANTED = ("teleport", "vanish", "freeze", "float", "colour", "swap", "interpenetrate")
 
 
 def corrupt(scene: Scene, rng: np.random.Generator, kind: str, frames: int = FRAMES) -> Track | None:
     """Break ``scene`` in the way ``kind``; None where it cannot be (tried 20 times with different events)."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown violation {kind!r}; one of {', '.join(KINDS)}")
+    if kind not in VIOLATIONS:
+        raise ValueError(f"unknown violation {kind!r}; one of {', '.join(VIOLATIONS)}")
+    # The draw of the event can miss what the break needs, such as a ball in plain sight.
     for _ in range(20):
-        bad = KINDS[kind](scene, rng, frames)
-        if bad is not None:
-            return bad
+        broken = VIOLATIONS[kind](scene, rng, frames)
+        if broken is not None:
+            return broken
     return None
 
 
 def plant(scene: Scene, rng: np.random.Generator, frames: int = FRAMES) -> Track:
     """Break ``scene`` in one of the ``PLANTED`` ways that apply to it, each equally likely."""
+    # All kinds are tried, in random order: a single draw would often name a kind that does not apply here.
     for kind in rng.permutation(PLANTED):
-        bad = corrupt(scene, rng, str(kind), frames)
-        if bad is not None:
-            return bad
-    raise AssertionError(f"nothing to break in {scene.caption!r}")  # vanish and colour apply to every scene
+        broken = corrupt(scene, rng, str(kind), frames)
+        if broken is not None:
+            return broken
+    # ``vanish`` applies to every scene, so the loop always returns.
+    raise AssertionError(f"nothing to break in {scene.caption!r}")
 
 
 def mixed(rng: np.random.Generator, split: str = "train", frames: int = FRAMES) -> Track:

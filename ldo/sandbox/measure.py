@@ -2,14 +2,14 @@
 
     missing        share of frames and balls where a ball is not there once, whole, and of its own size
     law_residual   |a - g| / G of the worst free flight, a from a least-squares parabola over 7 frames; at most 10
-    impact_error   worst distance, in radii, between the outcome of a contact and what the exact simulator makes of
-                   the observed state before it: restitution, momentum and energy are all in it; at most 10
+    impact_error   worst distance, in radii, between the outcome of a contact and the exact simulator's outcome from
+                   the state observed before it: it sees wrong restitution, momentum and energy; at most 10
     penetration    deepest overlap of two balls, or of a ball and a wall, in radii
     teleport_rate  share of steps longer than both neighbouring steps by two pixels of 32
-    colour_error   the largest share of a ball's area that has a colour no prompted ball has, or a ball's change of tint
-    stillness      1 where a scene that should move covers less than half the least way the simulator ever does
+    colour_error   largest share of a ball's area in a colour that no prompted ball has, or a ball's change of tint
+    stillness      1 where the balls cover less than half the shortest path of valid clips of this kind of scene
 
-Each is 0 for a perfect clip. What cannot be measured (a ball is never seen) takes its largest value: a violation.
+Each is 0 for a perfect clip. A metric that cannot be measured (a ball is never seen) takes its largest value.
 A clip *violates* when any of them passes its threshold: the 99th percentile of VAE-reconstructed valid clips of the
 same kind of scene, frozen in ``thresholds.json`` before anything else was trained.
 
@@ -19,6 +19,7 @@ Shapes: T frames, N balls.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,19 +27,19 @@ from pathlib import Path
 import numpy as np
 
 from ldo.sandbox.observe import Observed, Prompt, observe
-from ldo.sandbox.simulate import FLOOR, GRAVITY, Scene, Track, simulate
+from ldo.sandbox.simulate import FLOOR, GRAVITY, Scene, simulate
 
-METRICS = ("missing", "law_residual", "impact_error", "penetration", "teleport_rate", "colour_error", "stillness")
+EXACT_METRICS = ("missing", "law_residual", "impact_error", "penetration", "teleport_rate", "colour_error", "stillness")
 THRESHOLDS = Path(__file__).with_name("thresholds.json")
 WINDOW = 7  # frames of a free-flight fit
 NEAR = 0.02  # a contact is possible where balls or walls come this close
-HORIZON = 8  # frames over which the outcome of a contact is foretold
-CAP = 10.0
+HORIZON = 8  # frames over which the outcome of a contact is predicted
+CAP = 10.0  # of the metrics that have no largest value of their own
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics of one clip. ``path_length`` is the way all balls travelled, in box widths."""
+    """The metrics of one clip. ``path_length`` is the distance that all balls travelled, in box widths."""
 
     missing: float
     law_residual: float
@@ -70,9 +71,9 @@ def _steps(position: np.ndarray) -> np.ndarray:
 
 
 def _path_length(position: np.ndarray) -> float:
-    """The way of all balls, straight from where a ball was last seen to where it is seen next."""
-    seen = [p[~np.isnan(p[:, 0])] for p in position.transpose(1, 0, 2)]
-    return float(sum(np.linalg.norm(np.diff(p, axis=0), axis=-1).sum() for p in seen))
+    """Distance travelled by all balls; where a ball is not seen, straight to where it is seen next."""
+    seen = [positions[~np.isnan(positions[:, 0])] for positions in position.transpose(1, 0, 2)]
+    return float(sum(np.linalg.norm(np.diff(positions, axis=0), axis=-1).sum() for positions in seen))
 
 
 def _possible_contacts(seen: Observed, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
@@ -80,26 +81,27 @@ def _possible_contacts(seen: Observed, prompt: Prompt) -> tuple[np.ndarray, np.n
 
     A step may hold a contact when its motion, carried on from before or back from after, would come within ``NEAR``.
     """
-    p, r = seen.position, seen.radius
-    frames, count = p.shape[:2]
-    step = _steps(p)
-    g = np.array([0.0, prompt.gravity])
-    ahead = np.concatenate([step[:1], step[:-1] + g])  # the step as its predecessor foretells it
-    back = np.concatenate([step[1:] - g, step[-1:]])  # and as its successor does
-    start, end = p[:-1], p[1:]
-    low, high = r[:, None], np.array([1.0, FLOOR if prompt.gravity else 1.0]) - r[:, None]
+    positions, radii = seen.position, seen.radius
+    frames, count = positions.shape[:2]
+    motion = _steps(positions)
+    gravity = np.array([0.0, prompt.gravity])
+    # A contact may happen between two frames, so both neighbours extrapolate into the step.
+    ahead = np.concatenate([motion[:1], motion[:-1] + gravity])  # the step as the one before predicts it
+    back = np.concatenate([motion[1:] - gravity, motion[-1:]])  # and as the one after does
+    start, end = positions[:-1], positions[1:]
+    low, high = radii[:, None], np.array([1.0, FLOOR if prompt.gravity else 1.0]) - radii[:, None]
     wall = np.zeros((frames - 1, count), bool)
     pair = np.zeros((frames - 1, count, count), bool)
     with np.errstate(invalid="ignore"):
         for point in (start, end, start + ahead, end - back):
             wall |= ((point < low + NEAR / 2) | (point > high - NEAR / 2)).any(-1)
-        for i in range(count):
-            for j in range(i):
-                for base, move in ((start, ahead), (start, step), (end, -back)):
-                    gap, drift = base[:, i] - base[:, j], move[:, i] - move[:, j]
-                    s = np.clip(-(gap * drift).sum(-1) / np.maximum((drift**2).sum(-1), 1e-12), 0, 1)
-                    nearest = np.linalg.norm(gap + s[:, None] * drift, axis=-1)
-                    pair[:, i, j] |= nearest < r[i] + r[j] + NEAR
+        for ball in range(count):
+            for other in range(ball):
+                for base, move in ((start, ahead), (start, motion), (end, -back)):
+                    gap, drift = base[:, ball] - base[:, other], move[:, ball] - move[:, other]
+                    moment = np.clip(-(gap * drift).sum(-1) / np.maximum((drift**2).sum(-1), 1e-12), 0, 1)
+                    nearest = np.linalg.norm(gap + moment[:, None] * drift, axis=-1)
+                    pair[:, ball, other] |= nearest < radii[ball] + radii[other] + NEAR
         pair |= pair.transpose(0, 2, 1)
     return wall, pair
 
@@ -107,128 +109,205 @@ def _possible_contacts(seen: Observed, prompt: Prompt) -> tuple[np.ndarray, np.n
 # ---------------------------------------------------------------------------------------------- laws
 
 
+def _runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, end) of each run of True in a row of flags; ``end`` is one past its last."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        yield int(first), int(end)
+
+
 def _law(seen: Observed, prompt: Prompt, contact: np.ndarray) -> tuple[float, np.ndarray]:
-    """Worst |a - g| / G over free flights, and per frame [T] the worst fit that it takes part in."""
-    p = seen.position
-    frames, count = p.shape[:2]
+    """Worst |a - g| / G over free flights, and for each frame [T] the worst of the fits that include it."""
+    positions = seen.position
+    frames, count = positions.shape[:2]
     per_frame = np.zeros(frames)
     if prompt.kind == "stack":
-        shift = np.linalg.norm(p - p[0], axis=-1)  # over the fall that the same time would bring
+        # A stack must not move: its shift, in units of the fall that gravity brings in the same time.
+        shift = np.linalg.norm(positions - positions[0], axis=-1)
         per_frame = np.nan_to_num(shift.max(1)) / (0.5 * GRAVITY * WINDOW**2)
         return float(per_frame.max()), per_frame
-    g = np.array([0.0, prompt.gravity])
-    for i in range(count):
-        joined = ~contact[:, i] & ~np.isnan(_steps(p[:, i])).any(-1)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], joined, [False]]).astype(int)))
-        for first, last in zip(edges[::2], edges[1::2], strict=True):  # frames first..last are one free flight
-            n = min(WINDOW, last - first + 1)
-            for t in range(first, last - n + 2) if n >= 4 else ():
-                fit = np.polyfit(np.arange(n), p[t : t + n, i], 2)
-                # a parabola over n frames tells the acceleration to within noise * n^-2.5
-                error = np.linalg.norm(2 * fit[0] - g) / GRAVITY * (n / WINDOW) ** 2.5
-                per_frame[t : t + n] = np.maximum(per_frame[t : t + n], error)
-    if prompt.kind == "occluder":  # before and behind the block the motion is one and the same
-        for i in range(count):
-            t = np.flatnonzero(~np.isnan(p[:, i, 0]))
-            if len(t) >= 4:
-                rms = np.sqrt(np.mean([np.polyfit(t, p[t, i, a], 1, full=True)[1].sum() for a in (0, 1)]) / len(t))
-                per_frame[t] = np.maximum(per_frame[t], rms / GRAVITY)
+    gravity = np.array([0.0, prompt.gravity])
+    for ball in range(count):
+        # Only where no contact is possible: a kink at a wall is physics, the same kink in the air is not.
+        free = ~contact[:, ball] & ~np.isnan(_steps(positions[:, ball])).any(-1)
+        # Steps first..end-1 connect frames first..end, so ``end`` is the last frame of the flight.
+        for first, last in _runs(free):
+            length = min(WINDOW, last - first + 1)
+            # Four points are the fewest that a parabola does not fit exactly.
+            if length < 4:
+                continue
+            for time in range(first, last - length + 2):
+                fit = np.polyfit(np.arange(length), positions[time : time + length, ball], 2)
+                # Over n frames a parabola gives the acceleration to within noise * n^-2.5, so short fits count less.
+                error = np.linalg.norm(2 * fit[0] - gravity) / GRAVITY * (length / WINDOW) ** 2.5
+                per_frame[time : time + length] = np.maximum(per_frame[time : time + length], error)
+    if prompt.kind == "occluder":
+        # The block splits a ball's flight in two; one straight line must fit both parts.
+        for ball in range(count):
+            time = np.flatnonzero(~np.isnan(positions[:, ball, 0]))
+            if len(time) >= 4:
+                squares = [np.polyfit(time, positions[time, ball, axis], 1, full=True)[1].sum() for axis in (0, 1)]
+                deviation = np.sqrt(np.mean(squares) / len(time))
+                per_frame[time] = np.maximum(per_frame[time], deviation / GRAVITY)
     return float(per_frame.max()), per_frame
 
 
-def _clusters(contact: np.ndarray, pair: np.ndarray) -> list[tuple[int, int, list[int]]]:
-    """Possible contacts that overlap in time and share balls: (first step, last step, balls)."""
-    merged: list[list] = []
-    for i in range(contact.shape[1]):
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], contact[:, i], [False]]).astype(int)))
-        for a, b in zip(edges[::2], edges[1::2] - 1, strict=True):
-            new = [int(a), int(b), {i} | {j for j in range(contact.shape[1]) if pair[a : b + 1, i, j].any()}]
-            for old in [m for m in merged if m[2] & new[2] and m[0] <= new[1] + 1 and new[0] <= m[1] + 1]:
-                new = [min(old[0], new[0]), max(old[1], new[1]), old[2] | new[2]]
-                merged.remove(old)
-            merged.append(new)
-    return [(a, b, sorted(balls)) for a, b, balls in merged]
+# ---------------------------------------------------------------------------------------------- impacts
 
 
-def _state(p: np.ndarray, g: float) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Cluster:
+    """Steps ``first`` to ``last`` (both included) in which some of ``balls`` may have met each other or a wall."""
+
+    first: int
+    last: int
+    balls: frozenset[int]
+
+    def touches(self, other: _Cluster) -> bool:
+        """Whether they share a ball and overlap in time or follow each other directly."""
+        in_time = self.first <= other.last + 1 and other.first <= self.last + 1
+        return in_time and bool(self.balls & other.balls)
+
+    def union(self, other: _Cluster) -> _Cluster:
+        return _Cluster(min(self.first, other.first), max(self.last, other.last), self.balls | other.balls)
+
+
+def _clusters(contact: np.ndarray, pair: np.ndarray) -> list[_Cluster]:
+    """Possible contacts, merged where they overlap in time and share balls: only together can they be simulated."""
+    merged: list[_Cluster] = []
+    count = contact.shape[1]
+    for ball in range(count):
+        for first, end in _runs(contact[:, ball]):
+            partners = [other for other in range(count) if pair[first:end, ball, other].any()]
+            cluster = _Cluster(first, end - 1, frozenset([ball, *partners]))
+            # A list of its own: union() may make the cluster touch others, but only those of the start are merged.
+            for overlapping in [earlier for earlier in merged if earlier.touches(cluster)]:
+                cluster = cluster.union(overlapping)
+                merged.remove(overlapping)
+            merged.append(cluster)
+    return merged
+
+
+def _state(positions: np.ndarray, gravity: float) -> tuple[np.ndarray, np.ndarray]:
     """Position and velocity [N, 2] at the last of a few frames of free flight [n, N, 2], gravity known."""
-    t = np.arange(len(p)) - (len(p) - 1)
-    flat = p - 0.5 * np.array([0, g]) * (t**2)[:, None, None]
-    slope = (t - t.mean()) @ (flat - flat.mean(0)).transpose(1, 0, 2) / ((t - t.mean()) ** 2).sum()
-    return flat.mean(0) - slope * t.mean(), slope
+    time = np.arange(len(positions)) - (len(positions) - 1)
+    flat = positions - 0.5 * np.array([0, gravity]) * (time**2)[:, None, None]
+    slope = (time - time.mean()) @ (flat - flat.mean(0)).transpose(1, 0, 2) / ((time - time.mean()) ** 2).sum()
+    return flat.mean(0) - slope * time.mean(), slope
+
+
+def _free_frames(positions: np.ndarray, contact: np.ndarray, frame: int) -> int:
+    """How many frames up to and with ``frame`` show free flight of all balls, at most 4."""
+    free = 0
+    while free < 4 and frame - free >= 0:
+        if np.isnan(positions[frame - free]).any():
+            break
+        # The step that starts at ``frame`` is the contact itself; the steps before it must be free.
+        if free and contact[frame - free].any():
+            break
+        free += 1
+    return free
 
 
 def _impacts(seen: Observed, prompt: Prompt, contact: np.ndarray, pair: np.ndarray) -> tuple[float, int | None]:
-    """Worst departure, in radii, of a contact's outcome from the simulator's, started on the observed state before it.
+    """Worst distance, in radii, of a contact's outcome from the simulator's, started from the state observed before it.
 
     Where a contact comes too early to know that state, the clip is run backward (elastic scenes). Also the first
-    frame of the worst departure.
+    frame that is off by half of that.
     """
     worst, where = 0.0, None
     if prompt.kind == "stack":
         return worst, where
-    for first, last, balls in _clusters(contact, pair):
+    frames = len(seen.position)
+    for cluster in _clusters(contact, pair):
+        balls = sorted(cluster.balls)
         for backward in (False, True):
-            p = seen.position[::-1, balls] if backward else seen.position[:, balls]
-            a = len(p) - 2 - last if backward else first  # the frame at which the contact's first step starts
-            b = len(p) - 2 - first if backward else last
-            busy = contact[::-1, balls] if backward else contact[:, balls]
-            free = 0
-            while free < 4 and a - free >= 0 and not np.isnan(p[a - free]).any() and not (free and busy[a - free].any()):
-                free += 1
+            positions, busy = seen.position[:, balls], contact[:, balls]
+            # The frame at which the contact's first step starts, and that of its last step.
+            before, after = cluster.first, cluster.last
+            if backward:
+                positions, busy = positions[::-1], busy[::-1]
+                before, after = frames - 2 - cluster.last, frames - 2 - cluster.first
+            free = _free_frames(positions, busy, before)
+            # Position and velocity need three frames. Soft walls lose energy, so their clips do not run backward.
             if free < 3 or (backward and prompt.restitution != 1.0):
                 continue
-            horizon = min(b + 4, len(p) - 1, a + HORIZON) - a
-            start, speed = _state(p[a - free + 1 : a + 1], prompt.gravity)
-            r = seen.radius[balls]
-            scene = Scene(prompt.kind, (), r, start, speed, prompt.restitution)
+            # A few frames past the contact: later ones would add other contacts, and the errors of the start grow.
+            horizon = min(after + 4, frames - 1, before + HORIZON) - before
+            start, speed = _state(positions[before - free + 1 : before + 1], prompt.gravity)
+            radii = seen.radius[balls]
+            scene = Scene(prompt.kind, (), radii, start, speed, prompt.restitution)
             path, _, _ = simulate(scene, horizon + 1)
-            gap = np.linalg.norm(path - p[a : a + horizon + 1], axis=-1) / r
-            gap = np.nan_to_num(gap).max(1)
-            if gap.max() > worst:
-                worst, at = float(gap.max()), a + int((gap > gap.max() / 2).argmax())
-                where = len(p) - 1 - at if backward else at
+            distance = np.linalg.norm(path - positions[before : before + horizon + 1], axis=-1) / radii
+            distance = np.nan_to_num(distance).max(1)
+            largest = distance.max()
+            if largest > worst:
+                worst = float(largest)
+                frame = before + int((distance > largest / 2).argmax())
+                where = frames - 1 - frame if backward else frame
             break
     return worst, where
 
 
 def _penetration(seen: Observed, prompt: Prompt) -> np.ndarray:
     """[T] deepest overlap with a wall or another ball, in radii of the smaller ball."""
-    p, r = seen.position, np.maximum(seen.radius, 1e-6)
-    count = p.shape[1]
-    high = np.array([1.0, FLOOR if prompt.gravity else 1.0]) - r[:, None]
-    depth = np.nan_to_num(np.maximum(r[:, None] - p, p - high).max(-1) / r).max(1)
-    for i in range(count):
-        for j in range(i):
-            gap = np.linalg.norm(p[:, i] - p[:, j], axis=-1)
-            depth = np.maximum(depth, np.nan_to_num((r[i] + r[j] - gap) / min(r[i], r[j])))
+    positions, radii = seen.position, np.maximum(seen.radius, 1e-6)
+    count = positions.shape[1]
+    high = np.array([1.0, FLOOR if prompt.gravity else 1.0]) - radii[:, None]
+    depth = np.nan_to_num(np.maximum(radii[:, None] - positions, positions - high).max(-1) / radii).max(1)
+    for ball in range(count):
+        for other in range(ball):
+            distance = np.linalg.norm(positions[:, ball] - positions[:, other], axis=-1)
+            # In radii of the smaller ball, of which the same overlap hides more.
+            overlap = (radii[ball] + radii[other] - distance) / min(radii[ball], radii[other])
+            depth = np.maximum(depth, np.nan_to_num(overlap))
     return np.maximum(depth, 0)
 
 
-# ---------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------------------------- all metrics
+
+
+def _absent(seen: Observed, share: np.ndarray) -> np.ndarray:
+    """[T, N] True where a ball is not there once, whole and of its own size; ``share`` of it is what shows."""
+    least, most = seen.expected[..., 0], seen.expected[..., 1]
+    whole = (share > least - 0.25) & (share < most + 0.25) & (seen.full_area > 0)
+    # Less than half of a hidden ball may be too small to count as a piece.
+    single = (seen.pieces == 1) | ((least < 0.5) & (seen.pieces <= 1))
+    return ~(whole & single)
+
+
+def _jumps(seen: Observed, prompt: Prompt) -> np.ndarray:
+    """[T-1, N] True where a ball's step is longer than both neighbouring steps allow."""
+    step = np.linalg.norm(_steps(seen.position), axis=-1)
+    # The first and the last step have one neighbour, which is taken twice.
+    previous = np.concatenate([step[1:2], step[:-1]])
+    following = np.concatenate([step[1:], step[-2:-1]])
+    with np.errstate(invalid="ignore"):
+        # Compared with the neighbours, not with a limit: fast balls may be fast, but not for one step only.
+        return step > np.maximum(previous, following) + prompt.gravity + 2 / 32
 
 
 def measure(frames: np.ndarray, prompt: Prompt, limits: dict | None = None) -> Measured:
-    """Measure one clip: ``frames`` [T, 3, S, S] in [0, 1]. ``limits`` defaults to the frozen thresholds; {} applies none."""
+    """Measure one clip: ``frames`` [T, 3, S, S] in [0, 1].
+
+    ``limits`` defaults to the frozen thresholds; {} applies none.
+    """
     limits = thresholds() if limits is None else limits
     seen = observe(frames, prompt)
+    # A ball that is never seen has no path to measure; every metric then takes its largest value below.
     never = bool((seen.full_area == 0).any())
     share = seen.area / np.maximum(seen.full_area, 1)
-    whole = (share > seen.expected[..., 0] - 0.25) & (share < seen.expected[..., 1] + 0.25) & (seen.full_area > 0)
-    single = (seen.pieces == 1) | ((seen.expected[..., 0] < 0.5) & (seen.pieces <= 1))
-    absent = ~(whole & single)
-    step = np.linalg.norm(_steps(seen.position), axis=-1)  # [T-1, N]
-    longest = np.maximum(np.concatenate([step[1:2], step[:-1]]), np.concatenate([step[1:], step[-2:-1]]))
-    with np.errstate(invalid="ignore"):
-        jump = step > longest + prompt.gravity + 2 / 32
+    absent = _absent(seen, share)
+    jump = _jumps(seen, prompt)
     wall, pair = _possible_contacts(seen, prompt)
     contact = wall | pair.any(-1)
     law, law_frames = _law(seen, prompt, contact)
     impact, impact_frame = _impacts(seen, prompt, contact, pair)
     depth = _penetration(seen, prompt)
     tint = np.where(share > 0.5, seen.tint, 0).max(1)
-    smallest = seen.full_area.min()
-    colour = np.full(len(frames), CAP) if never else np.minimum(np.maximum(seen.stray / smallest, tint), CAP)
+    colour = np.full(len(frames), CAP)
+    if not never:
+        colour = np.minimum(np.maximum(seen.stray / seen.full_area.min(), tint), CAP)
     path = _path_length(seen.position)
     least = limits.get("least_path", {}).get(prompt.kind, 0.0)
     values = dict(
@@ -241,7 +320,7 @@ def measure(frames: np.ndarray, prompt: Prompt, limits: dict | None = None) -> M
         stillness=float(path < 0.5 * least),
     )
     bound = limits.get("thresholds", {}).get(prompt.kind, {})
-    broken = tuple(k for k in METRICS if k in bound and values[k] > bound[k])
+    broken = tuple(name for name in EXACT_METRICS if name in bound and values[name] > bound[name])
     starts = {
         "missing": absent.any(1),
         "law_residual": law_frames > bound.get("law_residual", np.inf),
@@ -249,19 +328,15 @@ def measure(frames: np.ndarray, prompt: Prompt, limits: dict | None = None) -> M
         "teleport_rate": np.concatenate([[False], jump.any(1)]),
         "colour_error": colour > bound.get("colour_error", np.inf),
     }
-    frames_wrong = [int(starts[k].argmax()) for k in broken if k in starts and starts[k].any()]
-    frames_wrong += [impact_frame] if "impact_error" in broken and impact_frame is not None else []
+    frames_wrong = [int(starts[name].argmax()) for name in broken if name in starts and starts[name].any()]
+    if "impact_error" in broken and impact_frame is not None:
+        frames_wrong.append(impact_frame)
     return Measured(**values, path_length=path, violations=broken, first=min(frames_wrong, default=None))
 
 
-def trajectory_error(frames: np.ndarray, clip: Track) -> tuple[float, float]:
-    """Root mean square error of centroids (box widths) and of velocities (box widths a frame) against the true track."""
-    seen = observe(frames, Prompt.of(clip.scene)).position
-    gap = seen - clip.positions
-    return float(np.sqrt(np.nanmean((gap**2).sum(-1)))), float(np.sqrt(np.nanmean((np.diff(gap, axis=0) ** 2).sum(-1))))
-
-
 def severity(found: Measured, kind: str, limits: dict | None = None) -> float:
-    """How broken a clip of some kind of scene is: every metric x in units of its threshold, as log(1 + x), summed."""
+    """How broken a clip of this kind of scene is: the sum of log(1 + x), x each metric in units of its threshold."""
     bound = (thresholds() if limits is None else limits)["thresholds"][kind]
-    return float(sum(np.log1p(getattr(found, k) / max(bound[k], 0.02)) for k in METRICS))
+    # Some thresholds are 0: without a floor any deviation of those metrics would outweigh all others.
+    in_units = [getattr(found, name) / max(bound[name], 0.02) for name in EXACT_METRICS]
+    return float(sum(np.log1p(value) for value in in_units))

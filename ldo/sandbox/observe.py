@@ -76,6 +76,7 @@ def _cover(frames: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     offset = (pixels - behind)[:, None]  # [T, 1, S, S, 3]
     share = np.clip((offset * direction).sum(-1) / (direction**2).sum(-1), 0, 1.2)
     rest = np.linalg.norm(offset - share[..., None] * direction, axis=-1)
+    # One colour takes the pixel: colours that shared it would give a ball of one colour a halo of another.
     best = rest.argmin(1)[:, None] == np.arange(len(PALETTE))[:, None, None]
     return np.where(best, np.minimum(share, 1), 0), rest.min(1)
 
@@ -86,6 +87,7 @@ def _largest(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not count:
         return np.zeros_like(share), np.zeros(0)
     areas = ndimage.sum_labels(share, labels, np.arange(1, count + 1))
+    # With its rim, where the ball covers less than the threshold: without it the centroid of a small ball shifts.
     mask = ndimage.binary_dilation(labels == 1 + areas.argmax(), _EIGHT)
     return share * mask, areas
 
@@ -93,39 +95,57 @@ def _largest(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _disc_share(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Share of a unit disc's area with abscissa between ``low`` and ``high``."""
 
-    def below(u):
-        u = np.clip(u, -1, 1)
-        return (u * np.sqrt(1 - u * u) + np.arcsin(u)) / np.pi + 0.5
+    def below(edge):
+        edge = np.clip(edge, -1, 1)
+        return (edge * np.sqrt(1 - edge * edge) + np.arcsin(edge)) / np.pi + 0.5
 
     return below(high) - below(low)
 
 
 def _expected_share(position: np.ndarray, radius: np.ndarray, prompt: Prompt) -> np.ndarray:
-    """How much of each ball should show [T, N, 2] (least, largest), one frame of timing error allowed.
+    """How much of each ball should show [T, N, 2] (least, most), give or take one frame of timing.
 
-    Behind the block a ball is expected where its own motion before it went there, or after it came back, puts it.
+    Behind the block, a ball's place is extrapolated from its motion before it went there and after it came out.
     """
     frames, count = position.shape[:2]
     out = np.ones((frames, count, 2))
     if prompt.kind != "occluder":
         return out
     time = np.arange(frames)
-    for i in range(count):
-        clear = ~np.isnan(position[:, i, 0])
+    for ball in range(count):
+        clear = ~np.isnan(position[:, ball, 0])
         gone = np.flatnonzero(~clear)
-        if not len(gone) or radius[i] == 0:
+        if not len(gone) or radius[ball] == 0:
             continue
-        runs = [np.flatnonzero(clear & side) for side in (time < gone[0], time > gone[-1])]
-        if len(runs[0]) < 2:
+        before, after = np.flatnonzero(clear & (time < gone[0])), np.flatnonzero(clear & (time > gone[-1]))
+        if len(before) < 2:
             continue
         shares = []
-        for run in [r for r in runs if len(r) >= 2]:
-            slope, start = np.polyfit(run, position[run, i, 0], 1)
-            x = start + slope * (time[:, None] + np.linspace(-1, 1, 5))
-            shares.append(1 - _disc_share((OCCLUDER[0] - x) / radius[i], (OCCLUDER[1] - x) / radius[i]))
+        for run in (before, after):
+            # One point has no velocity: a ball that comes out at the very end is judged by its way in.
+            if len(run) < 2:
+                continue
+            slope, start = np.polyfit(run, position[run, ball, 0], 1)
+            horizontal = start + slope * (time[:, None] + np.linspace(-1, 1, 5))
+            left, right = ((edge - horizontal) / radius[ball] for edge in OCCLUDER)
+            shares.append(1 - _disc_share(left, right))
         share = np.concatenate(shares, 1)
-        out[:, i] = np.stack([share.min(1), share.max(1)], 1)
+        out[:, ball] = np.stack([share.min(1), share.max(1)], 1)
     return out
+
+
+def _full_area(area: np.ndarray, size: int) -> float:
+    """Pixels of a whole ball, from its areas in frames that show it whole; 0 if it is never a ball's size."""
+    typical = float(np.median(area)) if len(area) else 0.0
+    return typical if RADII[0] < np.sqrt(typical / np.pi) / size < RADII[1] else 0.0
+
+
+def _stray(cover: np.ndarray, rest: np.ndarray, prompt: Prompt) -> np.ndarray:
+    """[T] pixels that no prompted colour and no background explains, or that an unprompted colour covers."""
+    unexplained = np.where(rest > 0.25, 1.0, 0.0) * (cover.max(1) <= SEEN)
+    unprompted = [index for index in range(len(PALETTE)) if index not in prompt.colours]
+    wrong = cover[:, unprompted]
+    return (unexplained + (wrong * (wrong > SEEN)).sum(1)).sum((1, 2))
 
 
 def observe(frames: np.ndarray, prompt: Prompt) -> Observed:
@@ -137,34 +157,40 @@ def observe(frames: np.ndarray, prompt: Prompt) -> Observed:
     axis = (np.arange(size) + 0.5) / size
     position = np.full((length, count, 2), np.nan)
     area, tint = np.zeros((length, count)), np.zeros((length, count))
-    parts: list[list[np.ndarray]] = []
+    parts: list[list[np.ndarray]] = []  # areas of the pieces of each ball's colour, by frame and ball
     touching = np.zeros((length, count), bool)  # the ball meets the block's edge: only a part of it shows
-    for t in range(length):
+    for frame in range(length):
         parts.append([])
-        for i, c in enumerate(prompt.colours):
-            share, areas = _largest(cover[t, c])
-            parts[t].append(areas)
-            area[t, i] = total = share.sum()
+        for ball, colour in enumerate(prompt.colours):
+            share, areas = _largest(cover[frame, colour])
+            parts[frame].append(areas)
+            total = share.sum()
+            area[frame, ball] = total
+            # Less than a pixel: noise of the background, not a ball.
             if total < 1:
                 continue
             column, row = share.sum(0), share.sum(1)
-            position[t, i] = (column * axis).sum() / total, (row * axis).sum() / total
+            position[frame, ball] = (column * axis).sum() / total, (row * axis).sum() / total
+            # Only pixels that the ball covers nearly whole: those at its edge are mixed with what is behind.
             core = share > 0.8
             if core.any():
-                tint[t, i] = np.linalg.norm(frames[t][:, core].mean(1) - PALETTE[c])
+                tint[frame, ball] = np.linalg.norm(frames[frame][:, core].mean(1) - PALETTE[colour])
             if prompt.kind == "occluder":
                 seen = axis[column > SEEN]
+                # Anti-aliasing and the VAE smear the block's edge over more than a pixel.
                 edge = 1.6 / size
-                touching[t, i] = len(seen) and seen.max() > OCCLUDER[0] - edge and seen.min() < OCCLUDER[1] + edge
+                meets = len(seen) and seen.max() > OCCLUDER[0] - edge and seen.min() < OCCLUDER[1] + edge
+                touching[frame, ball] = bool(meets)
     full = np.zeros(count)
-    for i in range(count):
-        clear = (area[:, i] >= 1) & ~touching[:, i]
-        a = np.median(area[clear, i]) if clear.any() else 0.0
-        full[i] = a if RADII[0] < np.sqrt(a / np.pi) / size < RADII[1] else 0.0
+    for ball in range(count):
+        clear = (area[:, ball] >= 1) & ~touching[:, ball]
+        full[ball] = _full_area(area[clear, ball], size)
+    # The centroid of what shows is not the ball's centre, so a partly hidden ball has no position.
     hidden = touching & (area < 0.9 * full)
     position[hidden | (full == 0) | (area < 0.25 * np.maximum(full, 1))] = np.nan
-    pieces = np.array([[(p > 0.3 * max(full[i], 1)).sum() for i, p in enumerate(row)] for row in parts])
-    unprompted = [c for c in range(len(PALETTE)) if c not in prompt.colours]
-    odd = np.where(rest > 0.25, 1.0, 0.0) * (cover.max(1) <= SEEN) + (cover[:, unprompted] * (cover[:, unprompted] > SEEN)).sum(1)
+    pieces = np.zeros((length, count), int)
+    for frame in range(length):
+        for ball in range(count):
+            pieces[frame, ball] = (parts[frame][ball] > 0.3 * max(full[ball], 1)).sum()
     expected = _expected_share(position, np.sqrt(full / np.pi) / size, prompt)
-    return Observed(position, area, full, pieces, expected, tint, odd.sum((1, 2)), size)
+    return Observed(position, area, full, pieces, expected, tint, _stray(cover, rest, prompt), size)

@@ -1,4 +1,4 @@
-"""Drawing scenes: seven kinds, captions that tell what happens, and the splits.
+"""Drawing scenes: seven kinds, captions that say what happens, and the splits.
 
 Units as in ``simulate``: box widths and frames.
 """
@@ -12,15 +12,21 @@ import numpy as np
 
 from ldo.sandbox.simulate import FLOOR, FRAMES, NAMES, OCCLUDER, Scene, simulate
 
-KINDS = ("uniform", "ballistic", "bounce", "collision_1d", "collision_2d", "occluder", "stack")
-MIX = dict(zip(KINDS, (0.14, 0.18, 0.20, 0.12, 0.14, 0.16, 0.06), strict=True))
+SCENE_KINDS = ("uniform", "ballistic", "bounce", "collision_1d", "collision_2d", "occluder", "stack")
+MIX = dict(zip(SCENE_KINDS, (0.14, 0.18, 0.20, 0.12, 0.14, 0.16, 0.06), strict=True))
 SPLITS = ("train", "test", "ood", "combination", "soft")
-# In these kinds of scene no ball has this colour in training; in the "combination" split the first ball always has.
-HELD_OUT = {"uniform": "blue", "ballistic": "yellow", "bounce": "green", "occluder": "red", "collision_1d": "yellow"}
+# Colours that no ball of these scenes has in training, and that the first ball has in the "combination" split.
+HELD_OUT_COLOURS = {
+    "uniform": "blue",
+    "ballistic": "yellow",
+    "bounce": "green",
+    "occluder": "red",
+    "collision_1d": "yellow",
+}
 
 
-def _direction(v: np.ndarray) -> str:
-    octant = round(math.atan2(v[1], v[0]) / (math.pi / 4)) % 8
+def _direction(velocity: np.ndarray) -> str:
+    octant = round(math.atan2(velocity[1], velocity[0]) / (math.pi / 4)) % 8
     return (
         "to the right", "down and to the right", "down", "down and to the left",
         "to the left", "up and to the left", "up", "up and to the right",
@@ -36,165 +42,223 @@ def _ball(name: str, soft: bool = False) -> str:
 
 
 class _Draw:
-    """Draws the initial state of one scene; each method returns (positions, velocities, caption) or None to try again."""
+    """Draws the start of one scene; each method returns (positions, velocities, caption) or None to try again."""
 
     def __init__(self, rng: np.random.Generator, names: list[str], radii: np.ndarray, split: str):
         self.rng, self.names, self.radii, self.split = rng, names, radii, split
         self.fast = 1.35 if split == "ood" else 1.0
 
     def inside(self, high: float = 1.0) -> np.ndarray:
-        r = self.radii[:, None]
-        return self.rng.uniform(r, np.array([1.0, high]) - r)
+        radii = self.radii[:, None]
+        return self.rng.uniform(radii, np.array([1.0, high]) - radii)
 
     def heading(self, low: float, high: float) -> np.ndarray:
         angle, speed = self.rng.uniform(-math.pi, math.pi), self.rng.uniform(low, high) * self.fast
         return speed * np.array([math.cos(angle), math.sin(angle)])
 
     def uniform(self):
-        v = np.stack([self.heading(0.020, 0.042) for _ in self.names])
-        parts = [f"{_ball(n)} rolls {_pace(np.linalg.norm(u))} {_direction(u)}" for n, u in zip(self.names, v, strict=True)]
-        return self.inside(), v, " and ".join(parts)
+        velocities = np.stack([self.heading(0.020, 0.042) for _ in self.names])
+        parts = [
+            f"{_ball(name)} rolls {_pace(np.linalg.norm(velocity))} {_direction(velocity)}"
+            for name, velocity in zip(self.names, velocities, strict=True)
+        ]
+        return self.inside(), velocities, " and ".join(parts)
 
     def ballistic(self):
         side = self.rng.choice([-1, 1], size=len(self.names))
-        v = np.stack([side * self.rng.uniform(0.010, 0.036, len(side)), -self.rng.uniform(0.055, 0.088, len(side))], 1) * self.fast
-        parts = [f"{_ball(n)} is thrown to the {'right' if s > 0 else 'left'}" for n, s in zip(self.names, side, strict=True)]
-        p = self.inside(FLOOR)
-        p[:, 1] = self.rng.uniform(0.5, FLOOR - self.radii)
-        return p, v, " and ".join(parts) + " through the air"
+        across = side * self.rng.uniform(0.010, 0.036, len(side))
+        up = -self.rng.uniform(0.055, 0.088, len(side))
+        velocities = np.stack([across, up], 1) * self.fast
+        parts = [
+            f"{_ball(name)} is thrown to the {'right' if direction > 0 else 'left'}"
+            for name, direction in zip(self.names, side, strict=True)
+        ]
+        positions = self.inside(FLOOR)
+        positions[:, 1] = self.rng.uniform(0.5, FLOOR - self.radii)
+        return positions, velocities, " and ".join(parts) + " through the air"
 
     def bounce(self):
         soft = self.split == "soft"
         side = self.rng.choice([-1, 0, 1], size=len(self.names))
-        v = np.stack([side * self.rng.uniform(0.010, 0.036, len(side)), self.rng.uniform(-0.03, 0.02, len(side)) * abs(side)], 1) * self.fast
+        across = side * self.rng.uniform(0.010, 0.036, len(side))
+        # A dropped ball starts at rest.
+        down = self.rng.uniform(-0.03, 0.02, len(side)) * abs(side)
+        velocities = np.stack([across, down], 1) * self.fast
         how = {-1: "is thrown to the left", 0: "is dropped", 1: "is thrown to the right"}
-        parts = [f"{_ball(n, soft)} {how[s]}" for n, s in zip(self.names, side, strict=True)]
-        return self.inside(FLOOR), v, " and ".join(parts) + " and bounces off the floor"
+        parts = [f"{_ball(name, soft)} {how[direction]}" for name, direction in zip(self.names, side, strict=True)]
+        return self.inside(FLOOR), velocities, " and ".join(parts) + " and bounces off the floor"
 
-    def _meeting(self, v: np.ndarray, angle: float):
+    def _meeting(self, velocities: np.ndarray, angle: float):
         """Two balls that touch at frame 4-9 with their line of centres at ``angle``."""
         when = self.rng.uniform(4, 9)
         normal = np.array([math.cos(angle), math.sin(angle)])
-        if (v[0] - v[1]) @ normal < 0.02:  # ball 0 must run into ball 1
+        # Ball 0 must run into ball 1, and fast enough for the collision to show.
+        if (velocities[0] - velocities[1]) @ normal < 0.02:
             return None
         centre = self.rng.uniform(0.25, 0.75, 2)
-        return np.stack([centre - normal * self.radii[0] - v[0] * when, centre + normal * self.radii[1] - v[1] * when])
+        first = centre - normal * self.radii[0] - velocities[0] * when
+        second = centre + normal * self.radii[1] - velocities[1] * when
+        return np.stack([first, second])
 
     def collision_1d(self):
-        v = np.zeros((2, 2))
-        v[:, 0] = self.rng.uniform([0.015, -0.045], [0.045, 0.0]) * self.fast
+        velocities = np.zeros((2, 2))
+        velocities[:, 0] = self.rng.uniform([0.015, -0.045], [0.045, 0.0]) * self.fast
         if self.rng.random() < 0.3:
-            v[1] = 0
-        p = self._meeting(v, 0.0)
-        if p is None:
+            velocities[1] = 0
+        positions = self._meeting(velocities, 0.0)
+        if positions is None:
             return None
-        a, b = (_ball(n) for n in self.names)
-        return p, v, f"{a} rolls into {b} that lies still" if not v[1].any() else f"{a} and {b} collide head on"
+        first, second = (_ball(name) for name in self.names)
+        if velocities[1].any():
+            caption = f"{first} and {second} collide head on"
+        else:
+            caption = f"{first} rolls into {second} that lies still"
+        return positions, velocities, caption
 
     def collision_2d(self):
-        v = np.stack([self.heading(0.015, 0.042) for _ in self.names])
-        p = self._meeting(v, self.rng.uniform(-math.pi, math.pi))
-        if p is None:
+        velocities = np.stack([self.heading(0.015, 0.042) for _ in self.names])
+        positions = self._meeting(velocities, self.rng.uniform(-math.pi, math.pi))
+        if positions is None:
             return None
         if len(self.names) == 3:
-            p = np.concatenate([p, self.inside()[2:]])
-        listed = ", ".join(_ball(n) for n in self.names[:-1])
-        return p, v, f"{listed} and {_ball(self.names[-1])} collide at an angle"
+            positions = np.concatenate([positions, self.inside()[2:]])
+        listed = ", ".join(_ball(name) for name in self.names[:-1])
+        return positions, velocities, f"{listed} and {_ball(self.names[-1])} collide at an angle"
 
     def occluder(self):
         side = self.rng.choice([-1, 1], size=len(self.names))
         speed = self.rng.uniform(0.040, 0.051, len(side)) * (1.1 if self.fast > 1 else 1)
-        v = np.stack([side * speed, np.zeros(len(side))], 1)
-        parts = [f"{_ball(n)} passes behind a grey block {_direction(u)}" for n, u in zip(self.names, v, strict=True)]
-        p = self.inside()
+        velocities = np.stack([side * speed, np.zeros(len(side))], 1)
+        parts = [
+            f"{_ball(name)} passes behind a grey block {_direction(velocity)}"
+            for name, velocity in zip(self.names, velocities, strict=True)
+        ]
+        positions = self.inside()
         clear = self.rng.uniform(self.radii, OCCLUDER[0] - self.radii - 0.03)
-        p[:, 0] = np.where(side > 0, clear, 1 - clear)
-        return p, v, " and ".join(parts)
+        positions[:, 0] = np.where(side > 0, clear, 1 - clear)
+        return positions, velocities, " and ".join(parts)
 
     def stack(self):
-        r, x = self.radii, self.rng.uniform(0.3, 0.7)
-        p = np.zeros((len(r), 2))
-        p[:, 1] = FLOOR - r
-        if len(r) == 1:
-            p[0, 0] = self.rng.uniform(r[0], 1 - r[0])
+        radii, centre = self.radii, self.rng.uniform(0.3, 0.7)
+        positions = np.zeros((len(radii), 2))
+        positions[:, 1] = FLOOR - radii
+        if len(radii) == 1:
+            positions[0, 0] = self.rng.uniform(radii[0], 1 - radii[0])
             caption = f"{_ball(self.names[0])} lies on the floor"
-        elif len(r) == 2:
-            p[:, 0] = x
-            p[0, 1] = FLOOR - 2 * r[1] - r[0]
+        elif len(radii) == 2:
+            positions[:, 0] = centre
+            positions[0, 1] = FLOOR - 2 * radii[1] - radii[0]
             caption = f"{_ball(self.names[0])} rests on {_ball(self.names[1])}"
-        else:  # balls 1 and 2 on the floor, touching; ball 0 in the dip between them
-            gap = math.sqrt((r[1] + r[2]) ** 2 - (r[1] - r[2]) ** 2)
-            p[1, 0], p[2, 0] = x - gap / 2, x + gap / 2
-            d = p[2] - p[1]
-            length = float(np.linalg.norm(d))
-            a, b = r[0] + r[1], r[0] + r[2]
-            along = (a * a - b * b + length * length) / (2 * length)
-            u = d / length
-            p[0] = p[1] + along * u + math.sqrt(a * a - along * along) * np.array([u[1], -u[0]])
+        else:
+            # Balls 1 and 2 touch on the floor; ball 0 lies in the dip between them.
+            distance = math.sqrt((radii[1] + radii[2]) ** 2 - (radii[1] - radii[2]) ** 2)
+            positions[1, 0], positions[2, 0] = centre - distance / 2, centre + distance / 2
+            offset = positions[2] - positions[1]
+            length = float(np.linalg.norm(offset))
+            direction = offset / length
+            # The third corner of a triangle with known sides: along the line of centres, then up from it.
+            to_first, to_second = radii[0] + radii[1], radii[0] + radii[2]
+            along = (to_first * to_first - to_second * to_second + length * length) / (2 * length)
+            upward = np.array([direction[1], -direction[0]])
+            height = math.sqrt(to_first * to_first - along * along)
+            positions[0] = positions[1] + along * direction + height * upward
             caption = f"{_ball(self.names[0])} rests on {_ball(self.names[1])} and {_ball(self.names[2])}"
-        return p, np.zeros_like(p), caption
+        return positions, np.zeros_like(positions), caption
 
 
 def _acceptable(scene: Scene, frames: int) -> bool:
     """Is the scene what its caption says, with every ball inside and apart at the start?"""
-    p, r = scene.positions, scene.radii
-    if (p < r[:, None] - 1e-9).any() or (p[:, 0] > 1 - r + 1e-9).any() or (p[:, 1] > scene.bottom - r + 1e-9).any():
+    positions, radii = scene.positions, scene.radii
+    largest = np.array([1.0, scene.bottom]) - radii[:, None]
+    if (positions < radii[:, None] - 1e-9).any() or (positions > largest + 1e-9).any():
         return False
-    for i in range(len(r)):
-        for j in range(i):
-            if scene.kind != "stack" and np.linalg.norm(p[i] - p[j]) < r[i] + r[j] + 0.03:
-                return False
+    # Only the balls of a stack touch at the start.
+    if scene.kind != "stack":
+        for ball in range(len(radii)):
+            for other in range(ball):
+                distance = np.linalg.norm(positions[ball] - positions[other])
+                if distance < radii[ball] + radii[other] + 0.03:
+                    return False
     try:
         path, _, events = simulate(scene, frames)
     except ValueError:
         return False
+    # A caption that says nothing of a wall promises that no wall is met.
     if scene.kind in ("uniform", "ballistic"):
         return not events
+    # Early or late contacts are not enough: the clip must show the motion before and after.
     if scene.kind == "bounce":
-        floor = {e.i for e in events if e.floor and 3 < e.time < frames - 5}
-        return all(e.j < 0 for e in events) and len(floor) == len(r)
+        floor = {event.ball for event in events if event.floor and 3 < event.time < frames - 5}
+        return all(event.other < 0 for event in events) and len(floor) == len(radii)
     if scene.kind.startswith("collision"):
-        return any(e.j >= 0 and e.time < frames - 5 for e in events)
+        return any(event.other >= 0 and event.time < frames - 5 for event in events)
     if scene.kind == "occluder":
         low, high = OCCLUDER
         sign = np.sign(scene.velocities[:, 0])
         start, end = path[0, :, 0], path[-1, :, 0]
-        clear_start = np.where(sign > 0, start + r < low - 0.03, start - r > high + 0.03)
-        clear_end = np.where(sign > 0, end - r > high + 0.03, end + r < low - 0.03)
-        hidden = ((path[:, :, 0] - r > low) & (path[:, :, 0] + r < high)).any(0)
+        clear_start = np.where(sign > 0, start + radii < low - 0.03, start - radii > high + 0.03)
+        clear_end = np.where(sign > 0, end - radii > high + 0.03, end + radii < low - 0.03)
+        hidden = ((path[:, :, 0] - radii > low) & (path[:, :, 0] + radii < high)).any(0)
         return not events and bool((clear_start & clear_end & hidden).all())
     return True
 
 
-def sample_scene(rng: np.random.Generator, split: str = "train", *, kind: str | None = None, frames: int = FRAMES) -> Scene:
+def _sample_kind(rng: np.random.Generator, split: str) -> str:
+    if split == "soft":
+        return "bounce"
+    possible = HELD_OUT_COLOURS if split == "combination" else SCENE_KINDS
+    weights = np.array([share * (kind in possible) for kind, share in MIX.items()])
+    return str(rng.choice(SCENE_KINDS, p=weights / weights.sum()))
+
+
+def _sample_colours(rng: np.random.Generator, split: str, held: str | None, count: int) -> np.ndarray:
+    """Indices [count] of different colours; ``held`` comes first in "combination", and never otherwise."""
+    while True:
+        colours = rng.permutation(len(NAMES))[:count]
+        names = [NAMES[colour] for colour in colours]
+        if held is None or (names[0] == held if split == "combination" else held not in names):
+            return colours
+
+
+def _sample_radii(rng: np.random.Generator, split: str, kind: str, count: int) -> np.ndarray:
+    # Smaller behind the block, which must be able to hide a ball whole.
+    low, high = (0.085, 0.10) if kind == "occluder" else (0.095, 0.135)
+    radii = rng.uniform(low, high, count)
+    if split != "ood":
+        return radii
+    # Out of distribution is smaller or larger; a larger ball would not fit behind the block.
+    if kind == "occluder" or rng.random() < 0.5:
+        return rng.uniform(low - 0.02, low - 0.005, count)
+    return rng.uniform(high + 0.005, high + 0.02, count)
+
+
+def sample_scene(
+    rng: np.random.Generator, split: str = "train", *, kind: str | None = None, frames: int = FRAMES
+) -> Scene:
     """Draw a scene.
 
     ``split``: ``train`` and ``test`` share one distribution (draw them from different seeds); ``ood`` has faster and
-    smaller or larger balls; ``combination`` the colour and scene pairs of ``HELD_OUT``, which ``train`` and ``test`` never show;
-    ``soft`` bounces with restitution 0.6.
+    smaller or larger balls; ``combination`` the pairs of scene and colour in ``HELD_OUT_COLOURS``, which ``train`` and
+    ``test`` never show; ``soft`` bounces with restitution 0.6.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown sandbox split {split!r}; one of {', '.join(SPLITS)}")
     if kind is None:
-        weights = np.array([w * (split != "combination" or k in HELD_OUT) for k, w in MIX.items()])
-        kind = "bounce" if split == "soft" else str(rng.choice(KINDS, p=weights / weights.sum()))
-    held = HELD_OUT.get(kind)
+        kind = _sample_kind(rng, split)
+    held = HELD_OUT_COLOURS.get(kind)
     fixed = {"collision_1d": 2, "collision_2d": 2 + int(rng.random() < 0.25), "stack": int(rng.integers(1, 4))}
     count = fixed.get(kind, 1 + int(rng.random() < 0.35))
-    colours = rng.permutation(len(NAMES))[:count]
-    while held and (NAMES[colours[0]] != held if split == "combination" else held in [NAMES[c] for c in colours]):
-        colours = rng.permutation(len(NAMES))[:count]
-    low, high = (0.085, 0.10) if kind == "occluder" else (0.095, 0.135)
+    colours = _sample_colours(rng, split, held, count)
+    # Rejection sampling: the conditions are easier to check on a simulated clip than to draw for.
     while True:
-        radii = rng.uniform(low, high, count)
-        if split == "ood":
-            smaller = kind == "occluder" or rng.random() < 0.5
-            radii = rng.uniform(low - 0.02, low - 0.005, count) if smaller else rng.uniform(high + 0.005, high + 0.02, count)
-        state = getattr(_Draw(rng, [NAMES[c] for c in colours], radii, split), kind)()
+        radii = _sample_radii(rng, split, kind, count)
+        state = getattr(_Draw(rng, [NAMES[colour] for colour in colours], radii, split), kind)()
         if state is None:
             continue
-        p, v, caption = state
-        scene = Scene(kind, tuple(int(c) for c in colours), radii, p, v, 0.6 if split == "soft" else 1.0, caption)
+        positions, velocities, caption = state
+        elasticity = 0.6 if split == "soft" else 1.0
+        indices = tuple(int(colour) for colour in colours)
+        scene = Scene(kind, indices, radii, positions, velocities, elasticity, caption)
         if _acceptable(scene, frames):
             return scene
 
@@ -202,4 +266,4 @@ def sample_scene(rng: np.random.Generator, split: str = "train", *, kind: str | 
 def with_restitution(scene: Scene, restitution: float, frames: int = FRAMES) -> Scene | None:
     """The same start with walls of another restitution; None where balls would then meet."""
     other = replace(scene, restitution=restitution)
-    return None if any(e.j >= 0 for e in simulate(other, frames)[2]) else other
+    return None if any(event.other >= 0 for event in simulate(other, frames)[2]) else other

@@ -1,40 +1,22 @@
 """The fused relation loss: on a GPU as it is, elsewhere through Triton's interpreter."""
 
-import dataclasses
 from itertools import pairwise
 
 import pytest
-import regions
-import relations
 import torch
 
 from ldo.kernels import relation, relation_plan, support
+from ldo.kernels.support import WORKSPACE
 from ldo.ops import relation_loss
+from tests.helpers import relations
+from tests.helpers.fused import DEVICE, GOAL, POINTERS, fused, inputs, truth
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GOAL = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}  # relative error of a gradient in that precision
-SHAPES = [(1, 1, 8, 8), (2, 97, 40, 24), (1, 130, 33, 7), (3, 252, 64, 65), (1, 507, 16, 48)]  # B, N, D, E
-POINTERS = dataclasses.replace(relation_plan.ON_CPU, use_tma=False, slices=1)
-
-
-def inputs(*shape, dtype=torch.float32, options=True, **keywords):
-    b, n, d, e = shape
-    student, teacher, named = relations.inputs(b, n, d=d, e=e, dtype=dtype, **keywords)
-    named = {k: v.to(DEVICE) for k, v in named.items()} if options else {}
-    return student.to(DEVICE), teacher.to(DEVICE), named
-
-
-def truth(student, teacher, upstream=1.0, **options):
-    return relations.loss_and_gradient(student.double(), teacher.double(), upstream, impl="reference", **options)
-
-
-def fused(student, teacher, upstream=1.0, **options):
-    return relations.loss_and_gradient(student, teacher, upstream, impl="triton", **options)
+SHAPES = [(1, 1, 8, 8), (2, 97, 40, 24), (1, 130, 33, 7), (3, 133, 64, 65), (1, 315, 16, 48)]  # B, N, D, E
 
 
 @pytest.fixture(params=["tma", "pointers"])
 def loading(request, monkeypatch):
-    """Both ways of loading, whatever the device."""
+    """Runs a test with either way of loading, tensor descriptors and pointers, on any device."""
     config = {"tma": relation_plan.ON_CPU, "pointers": POINTERS}[request.param]
     choose = lambda *_: config  # noqa: E731
     if DEVICE.type == "cuda":
@@ -50,7 +32,7 @@ def loading(request, monkeypatch):
 
 
 def recorded(monkeypatch):
-    """Arguments of every launch from here on, by kernel."""
+    """The arguments of every launch from here on, by kernel."""
     launched, launch = {}, support.Launch.__call__
 
     def record(self, *arguments):
@@ -66,7 +48,8 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_worse_than_plain_arithmetic_in_the_same_precision(shape, options, dtype):
     student, teacher, named = inputs(*shape, dtype=dtype, options=options)
-    upstream = float(shape[1])  # keeps fp16's gradients in its range
+    # keeps gradients within the range of fp16
+    upstream = float(shape[1])
     loss, slope = truth(student, teacher, upstream, **named)
     x = student.clone().requires_grad_()
     rough = relations.plain(x, teacher, **named)
@@ -101,10 +84,13 @@ def test_options_alone(given):
 
 
 def test_few_active_pairs():
-    """Where about one pair in a hundred passes the margin, bf16 unit vectors flip which: the operands must stay as they came."""
-    g = torch.Generator().manual_seed(0)
-    student = torch.randn(1, 384, 128, generator=g)
-    teacher = (student + 0.3 * torch.randn(1, 384, 128, generator=g)).bfloat16().to(DEVICE)
+    """If about one pair in a hundred passes the margin, rounding to bf16 unit vectors changes which ones do.
+
+    So the operands must be the inputs as given.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 384, 128, generator=generator)
+    teacher = (student + 0.3 * torch.randn(1, 384, 128, generator=generator)).bfloat16().to(DEVICE)
     student = student.bfloat16().to(DEVICE)
     unit_x, unit_y = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (student, teacher))
     active = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() > 0.1).double().mean().item()
@@ -119,19 +105,22 @@ def test_few_active_pairs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("loading")
 def test_panels_and_clips_apart_give_the_same(monkeypatch, dtype):
-    """A workspace of one square's rows makes as many panels as there can be."""
-    student, teacher, named = inputs(2, 330, 40, 24, dtype=dtype)
+    """A workspace that holds only one row of squares gives the largest number of panels."""
+    student, teacher, named = inputs(2, 200, 40, 24, dtype=dtype)
     loss, slope = truth(student, teacher, **named)
     found, _ = fused(student, teacher, **named)
     for share in (1.5, 0.4, 0.0):  # of one clip's matrix: clips one by one, some panels, as many as can be
-        monkeypatch.setattr(relation, "WORKSPACE", int(share * 330 * 384 * student.element_size()))
+        monkeypatch.setattr(relation, "WORKSPACE", int(share * 200 * 256 * student.element_size()))
         again, other = fused(student, teacher, **named)
-        assert again.item() == pytest.approx(found.item(), rel=1e-6) and loss.item() == pytest.approx(found.item(), rel=1e-6)
+        assert again.item() == pytest.approx(found.item(), rel=1e-6) and loss.item() == pytest.approx(
+            found.item(), rel=1e-6
+        )
         assert relations.distance(other, slope) <= GOAL[dtype]
 
 
 @pytest.mark.parametrize(
-    ("clips", "n", "elements", "step"), [(1, 97, 10**6, 64), (5, 97, 30_000, 64), (2, 700, 100_000, 64), (1, 23_040, 2**27, 256)]
+    ("clips", "n", "elements", "step"),
+    [(1, 97, 10**6, 64), (5, 97, 30_000, 64), (2, 700, 100_000, 64), (1, 23_040, 2**27, 256)],
 )
 def test_plan_keeps_to_the_workspace(clips, n, elements, step):
     found, together = relation_plan.panels(clips, n, elements, step)
@@ -145,7 +134,7 @@ def test_plan_keeps_to_the_workspace(clips, n, elements, step):
 @pytest.mark.parametrize(("rows", "cols"), [(32, 64), (64, 64), (64, 32)])
 @pytest.mark.parametrize("panel", [64, 128, 4096])
 def test_tiles_cover_every_pair_once(n, rows, cols, panel):
-    """Each row's part from the diagonal square on is computed once; with mirror images a panel's rows are whole."""
+    """Each row is computed once from its diagonal square on; with the mirror images, a panel's rows are complete."""
     side = max(rows, cols)
     seen = torch.zeros(n, n, dtype=torch.int)
     for p0 in range(0, n, panel):
@@ -163,7 +152,7 @@ def test_tiles_cover_every_pair_once(n, rows, cols, panel):
 
 @pytest.mark.usefixtures("loading")
 def test_pairs_of_tokens_without_weight_are_left_out_exactly(monkeypatch):
-    """Tiles between observed tokens, and only those, multiply nothing; the result is the same to the bit."""
+    """Tiles between tokens without weight, and only those, multiply nothing; the result is the same to the bit."""
     student, teacher, named = inputs(2, 252, 40, 24)
     named["weight_BN"][0, :130] = 0
     named["weight_BN"][1, 60:200] = 0
@@ -199,7 +188,7 @@ def test_without_gradient_no_matrix_is_made(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_to_the_bit(dtype):
-    student, teacher, named = inputs(2, 252, 64, 40, dtype=dtype)
+    student, teacher, named = inputs(2, 133, 64, 40, dtype=dtype)
     (a, x), (b, y) = (fused(student, teacher, **named) for _ in range(2))
     assert torch.equal(a, b) and torch.equal(x, y)
 
@@ -215,8 +204,12 @@ def test_order_of_tokens_does_not_matter():
     student, teacher, named = inputs(2, 97, 40, 24)
     order = torch.randperm(97, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     loss, gradient = fused(student, teacher, **named)
-    again, moved = fused(student[:, order], teacher[:, order], frame_N=named["frame_N"][order], weight_BN=named["weight_BN"][:, order])
-    assert again.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(moved, gradient[:, order]) <= 1e-5
+    again, moved = fused(
+        student[:, order], teacher[:, order], frame_N=named["frame_N"][order], weight_BN=named["weight_BN"][:, order]
+    )
+    assert (
+        again.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(moved, gradient[:, order]) <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -258,7 +251,7 @@ def test_nothing_unwritten_is_read(monkeypatch, dtype):
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    for space in (relation.WORKSPACE, 0):
+    for space in (WORKSPACE, 0):
         monkeypatch.setattr(relation, "WORKSPACE", space)
         loss, gradient = fused(student, teacher, **named)
         assert torch.equal(loss, expected[0]) and relations.distance(gradient, expected[1]) <= 1e-6
@@ -295,97 +288,3 @@ def test_class_without_weight_contributes_nothing():
     nothing = torch.zeros(1, 70, device=DEVICE)
     loss, gradient = fused(student, teacher, frame_N=torch.arange(70, device=DEVICE) // 9, weight_BN=nothing)
     assert loss == 0 and not gradient.any()
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's wrap-around")
-@pytest.mark.parametrize("config", [relation_plan.ON_CPU, POINTERS], ids=["tma", "pointers"])
-def test_offsets_past_two_to_the_31(config, monkeypatch):
-    """The last of many clips: its elements lie past 2^31, where 32-bit offsets wrap. Only that clip's memory is touched."""
-    n, d, clips = 70, 64, 2**31 // (70 * 64) + 2
-    g = torch.Generator().manual_seed(0)
-    small = torch.randn(1, n, d, generator=g).half()
-    large = torch.empty(clips, n, d, dtype=torch.float16)
-    large[-1] = small[0]
-    assert large[-1].storage_offset() > 2**31
-    monkeypatch.setattr(relation_plan, "choose_config", lambda *_: config)
-    found = []
-    for x, clip in ((small, 0), (large, clips - 1)):
-        key = relation_plan.Key(len(x), n, d, d, x.dtype, x.device, False, None, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32")
-        the = relation_plan.Plan(key)
-        panel = the.panels[-1]
-        assert panel.clips == slice(clip, clip + 1)
-        ones, partial = torch.ones(len(x), the.padded), torch.zeros(len(x), the.tiles)
-        a = the.space_of(panel, torch.zeros(the.space))
-        per_token = (ones, 0.5 * ones, None, None, None, torch.ones(len(x), 2))
-        panel.launch(*the.operands(x, x), *the.outputs(a), *per_token, panel.tiles, partial, *panel.fixed)
-        found.append((partial[clip], a.clone()))
-    assert found[0][0].abs().sum() > 0 and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    student, teacher, named = inputs(2, 40, 16, 8, dtype=dtype)
-    frame, weight = named["frame_N"].int(), named["weight_BN"].float()
-    for gradient in (True, False):
-        arguments = (student.clone().requires_grad_(gradient), teacher, frame, weight, 0.1, "hinge", 0.5, 0.5, gradient)
-        torch.library.opcheck(relation._forward, arguments)
-    loss, product, scale = relation._forward(student, teacher, None, None, 0.1, "hinge", 1.0, 0.0, True)
-    torch.library.opcheck(relation._backward, (torch.ones_like(loss), product, scale, student))
-
-
-@pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_changes_no_bit(dtype, inside):
-    student, teacher, named = inputs(2, 40, 16, 8, dtype=dtype)
-    regions.assert_same(lambda x: relation_loss(x, teacher, impl="triton", **named), student, inside)
-
-
-def test_torch_compile_does_not_break():
-    student, teacher, named = inputs(2, 40, 16, 8)
-    loss, gradient = fused(student, teacher, **named)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(x):
-        return 2 * relation_loss(2 * x, teacher, impl="triton", **named)
-
-    x = student.clone().requires_grad_()
-    found = compiled(x)
-    found.backward()
-    torch.testing.assert_close(found.detach(), 2 * loss)
-    torch.testing.assert_close(x.grad, 2 * gradient)
-
-
-def test_who_serves_what():
-    student, teacher, _ = inputs(1, 8, 8, 8)
-    with pytest.raises(ValueError, match=r"impl='triton' is not available.*take fp32, bf16, fp16, not float64"):
-        relation_loss(student.double(), teacher.double(), impl="triton")
-    if DEVICE.type == "cpu":
-        assert support.INTERPRET
-        x = student.clone().requires_grad_()
-        assert "Chunked" in str(relation_loss(x, teacher).grad_fn), "auto must not interpret"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", [4097, 13_000])
-def test_real_sizes(n):
-    """One panel, and several under the true workspace, at the widths of Wan 1.3B and V-JEPA 2 L."""
-    g = torch.Generator(device="cuda").manual_seed(0)
-    student, teacher = (torch.randn(1, n, w, generator=g, device="cuda").bfloat16() for w in (1536, 1024))
-    frame, weight = torch.arange(n, device="cuda") // 256, torch.rand(1, n, generator=g, device="cuda")
-    options = {"frame_N": frame, "weight_BN": weight, "margin": 0.02}
-    loss, slope = relations.loss_and_gradient(student.double(), teacher.double(), impl="chunked", **options)
-    found, gradient = fused(student, teacher, **options)
-    assert found.item() == pytest.approx(loss.item(), rel=1e-5) and relations.distance(gradient, slope) <= 5e-3
-
-
-@pytest.mark.gpu
-def test_more_than_two_to_the_31_elements():
-    n, d = 256, 4096
-    clips = 2**31 // (n * d) + 2
-    g = torch.Generator(device="cuda").manual_seed(0)
-    one = torch.randn(1, n, d, generator=g, device="cuda").bfloat16()
-    student = one.expand(clips, n, d).contiguous()
-    loss, gradient = fused(one, one[..., :64].contiguous())
-    found, wide = fused(student, student[..., :64].contiguous(), upstream=clips)
-    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(wide[-1], gradient[0], rtol=1e-2, atol=1e-7)

@@ -1,4 +1,7 @@
-"""What a warm call of the relation loss costs the host: launches, allocations, dispatches, microseconds (``benchmarks/bench_host.py``)."""
+"""What a warm call of the relation loss costs the host, in launches, allocations, dispatches and microseconds.
+
+``benchmarks/bench_host.py`` measures the same.
+"""
 
 import json
 import time
@@ -8,9 +11,11 @@ import torch
 
 from benchmarks import bench_host
 from benchmarks.bench_host import Dispatched
-from ldo.kernels import relation_plan
+from ldo.kernels import relation_frames
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="launches are made on a GPU, and bench_align.py times them")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="launches are made on a GPU, and bench_align.py times them"
+)
 FORWARD = ["prepare_kernel", "pair_kernel", "loss_kernel"]
 
 
@@ -53,27 +58,27 @@ def test_a_frame_tensor_is_sorted_once(call):
 
 
 def test_frame_order_follows_its_tensor():
-    """Another tensor, or the same one written to, is looked at anew; a dead one is forgotten."""
+    """Another tensor, or the same one after a write, is sorted again; one that is gone is forgotten."""
     frame = torch.tensor([3, 3, -1, 3, 7])
-    first = relation_plan.frame_order(frame, 8)
+    first = relation_frames.frame_order(frame, 8)
     assert first.order.tolist() == [2, 0, 1, 3, 4] and first.run_start.tolist() == [0, 1, 1, 1, 4, 5]
     assert first.frame.tolist() == [3, 3, -1, 3, 7, 0, 0, 0]
-    assert relation_plan.frame_order(frame, 8) is first
-    assert relation_plan.frame_order(frame, 16).frame.shape == (16,)
-    assert relation_plan.frame_order(frame.clone(), 16) is not relation_plan.frame_order(frame, 16)
+    assert relation_frames.frame_order(frame, 8) is first
+    assert relation_frames.frame_order(frame, 16).frame.shape == (16,)
+    assert relation_frames.frame_order(frame.clone(), 16) is not relation_frames.frame_order(frame, 16)
     frame[2] = 3
-    assert relation_plan.frame_order(frame, 16).order.tolist() == [0, 1, 2, 3, 4]
-    before = len(relation_plan._frame_orders)
+    assert relation_frames.frame_order(frame, 16).order.tolist() == [0, 1, 2, 3, 4]
+    before = len(relation_frames._frame_orders)
     del frame
-    assert len(relation_plan._frame_orders) < before
+    assert len(relation_frames._frame_orders) < before
     with torch.inference_mode():
         unversioned = torch.tensor([1, 0])
-    assert relation_plan.frame_order(unversioned, 2).order.tolist() == [1, 0]
+    assert relation_frames.frame_order(unversioned, 2).order.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("gradient", "limit"), [(False, 40e-6), (True, 110e-6)])
 def test_a_warm_call_is_short(call, gradient, limit):
-    """20 and 55 microseconds on an idle core of 2024; the limits, twice that, leave room for another."""
+    """20 and 55 microseconds on an idle core of 2024; the limits are twice that, for slower or busier machines."""
     call(gradient)
     times = []
     for _ in range(300):

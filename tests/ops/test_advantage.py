@@ -1,6 +1,5 @@
-"""Group advantages, in every form that is built here, against NumPy group by group, and what must hold for any rewards and any ids."""
+"""Group advantages of every form against NumPy, group by group, and what must hold for any rewards and ids."""
 
-import forms
 import numpy as np
 import pytest
 import torch
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from ldo.ops import GroupStats, group_advantage
+from tests.helpers import forms
 
 IDS = [70, -3, 5, 70, 5, 70, 8, -3, 70]  # unordered; groups of 2, 2, 1 and 4
 
@@ -105,7 +105,10 @@ def test_clip_bounds_the_sum(advantage):
 def test_autocast_changes_no_bit(advantage, dtype):
     values, weights = rewards(3, dtype=dtype), [1.0, 0.25, -2.0]
     expected, stats = advantage(values, weights=weights)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
+    ):
         found, inside = advantage(values, weights=weights)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
     assert torch.equal(inside.mean, stats.mean) and torch.equal(inside.std, stats.std)

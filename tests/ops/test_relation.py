@@ -1,14 +1,13 @@
-"""The relation loss: the formula by double loop, the two forms against each other, and what must hold whatever the input."""
+"""The relation loss against a double loop, its forms against each other, and what must hold for any input."""
 
 import numpy as np
-import pretend
 import pytest
-import regions
 import torch
-from relations import distance, inputs, loss_and_gradient, plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldo.ops import relation, relation_loss
+from tests.helpers import pretend, regions
+from tests.helpers.relations import distance, inputs, loss_and_gradient, plain
 
 SHAPES = [(1, 1), (3, 2), (2, 97), (1, 130), (1, 513), (2, 700)]  # B, N
 
@@ -47,7 +46,17 @@ def test_value_is_the_formula(impl, penalty, framed, weighted):
     frame = options["frame_N"] if framed else None
     weight = options["weight_BN"] if weighted else None
     expected = by_double_loop(student, teacher, frame, weight, 0.15, penalty, 0.8, 0.3)
-    loss = relation_loss(student, teacher, frame_N=frame, weight_BN=weight, margin=0.15, penalty=penalty, spatial=0.8, temporal=0.3, impl=impl)
+    loss = relation_loss(
+        student,
+        teacher,
+        frame_N=frame,
+        weight_BN=weight,
+        margin=0.15,
+        penalty=penalty,
+        spatial=0.8,
+        temporal=0.3,
+        impl=impl,
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -56,7 +65,9 @@ def test_shares_choose_the_class_of_pairs(spatial, temporal):
     student, teacher, options = inputs(1, 8)
     frame = options["frame_N"]
     expected = by_double_loop(student, teacher, frame, None, 0.1, "hinge", spatial, temporal)
-    assert relation_loss(student, teacher, frame_N=frame, spatial=spatial, temporal=temporal).item() == pytest.approx(expected, rel=1e-12)
+    assert relation_loss(student, teacher, frame_N=frame, spatial=spatial, temporal=temporal).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
@@ -78,7 +89,9 @@ def test_gradcheck(impl, penalty):
     unit_x, unit_y = (torch.nn.functional.normalize(t, dim=-1) for t in (student, teacher))
     d = (unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs()
     assert (d - 0.1).abs().min() > 1e-4, "a pair sits on the kink: choose another seed"
-    assert torch.autograd.gradcheck(lambda x: relation_loss(x, teacher, penalty=penalty, impl=impl, **options), student.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: relation_loss(x, teacher, penalty=penalty, impl=impl, **options), student.requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -138,8 +151,12 @@ def test_class_without_weight_contributes_nothing(impl):
     student, teacher, _ = inputs(1, 12)
     one_frame = torch.zeros(12, dtype=torch.long)
     whole = relation_loss(student, teacher, impl=impl)
-    assert relation_loss(student, teacher, frame_N=one_frame, spatial=0.5, temporal=7.0, impl=impl).item() == pytest.approx(0.5 * whole.item())
-    loss, gradient = loss_and_gradient(student, teacher, frame_N=torch.arange(12) // 4, weight_BN=torch.zeros(1, 12), impl=impl)
+    assert relation_loss(
+        student, teacher, frame_N=one_frame, spatial=0.5, temporal=7.0, impl=impl
+    ).item() == pytest.approx(0.5 * whole.item())
+    loss, gradient = loss_and_gradient(
+        student, teacher, frame_N=torch.arange(12) // 4, weight_BN=torch.zeros(1, 12), impl=impl
+    )
     assert loss == 0 and not gradient.any()
 
 
@@ -149,7 +166,10 @@ def test_strided_inputs(impl):
     truth, slope = loss_and_gradient(student, teacher, impl=impl, **options)
     x = student.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     y = teacher.repeat_interleave(2, -1)[..., ::2]
-    strided = {"frame_N": options["frame_N"].repeat_interleave(2)[::2], "weight_BN": options["weight_BN"].T.contiguous().T}
+    strided = {
+        "frame_N": options["frame_N"].repeat_interleave(2)[::2],
+        "weight_BN": options["weight_BN"].T.contiguous().T,
+    }
     loss = relation_loss(x, y, impl=impl, **strided)
     loss.backward()
     assert not x.is_contiguous() and not y.is_contiguous() and loss.item() == pytest.approx(truth.item(), rel=1e-12)
@@ -173,7 +193,7 @@ def test_repeats_to_the_bit():
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
+    """The number of elements of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -198,13 +218,19 @@ def test_chunked_never_holds_all_pairs(monkeypatch):
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("penalty", relation.PENALTIES)
 def test_chunked_on_tensor_cores(monkeypatch, kind, penalty):
-    """The roundings of a GPU, made here: rows as they came and slopes in half precision, sums in fp32."""
+    """Imitates a GPU's rounding: rows as given and slopes in half precision, sums in fp32."""
     monkeypatch.setattr(relation, "_operand", lambda student: student.dtype)
     monkeypatch.setattr(relation, "PANEL", 100)
     student, teacher, options = inputs(2, 330, d=64, e=48, dtype=kind)
-    truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", penalty=penalty, **options)
+    truth, slope = loss_and_gradient(
+        student.double(), teacher.double(), 900.0, impl="reference", penalty=penalty, **options
+    )
     loss, gradient = loss_and_gradient(student, teacher, 900.0, impl="chunked", penalty=penalty, **options)
-    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient, slope) <= 4e-3
+    assert (
+        gradient.dtype == kind
+        and loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        and distance(gradient, slope) <= 4e-3
+    )
 
 
 def test_on_tensor_cores_a_teacher_is_rounded_once_to_the_students_precision(monkeypatch):
@@ -226,7 +252,11 @@ def test_half_precision_takes_a_gpus_products_on_a_pretended_one(kind, squares):
         given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         loss, gradient = loss_and_gradient(student.cuda(), teacher.cuda(), 900.0, impl="chunked", **given)
         loss, gradient = loss.cpu(), gradient.cpu()
-    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-3) and distance(gradient, slope) <= 5e-3
+    assert (
+        gradient.dtype == kind
+        and loss.item() == pytest.approx(truth.item(), rel=1e-3)
+        and distance(gradient, slope) <= 5e-3
+    )
 
 
 @pytest.mark.gpu
@@ -237,7 +267,11 @@ def test_chunked_on_a_gpu(kind, n):
     truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", **options)
     given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     loss, gradient = loss_and_gradient(student.cuda(), teacher.cuda(), 900.0, impl="chunked", **given)
-    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-5) and distance(gradient.cpu(), slope) <= 4e-3
+    assert (
+        gradient.dtype == kind
+        and loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        and distance(gradient.cpu(), slope) <= 4e-3
+    )
 
 
 SQUARES = {"penalty": "squared", "margin": 0.0}  # over all pairs alike: no pair need be visited
@@ -257,12 +291,16 @@ def test_closed_form_equals_reference(b, n, d, e, dtype, tolerance):
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_closed_form_on_tensor_cores(monkeypatch, kind):
-    """The roundings of a GPU, made here: unit vectors and their matrices in half precision, sums in fp32."""
+    """Imitates a GPU's rounding: unit vectors and their matrices in half precision, sums in fp32."""
     monkeypatch.setattr(relation, "_operand", lambda student: student.dtype)
     student, teacher, _ = inputs(1, 900, d=64, e=48, dtype=kind)
     truth, slope = loss_and_gradient(student.double(), teacher.double(), 900.0, impl="reference", **SQUARES)
     loss, gradient = loss_and_gradient(student, teacher, 900.0, impl="chunked", **SQUARES)
-    assert gradient.dtype == kind and loss.item() == pytest.approx(truth.item(), rel=1e-3) and distance(gradient, slope) <= 5e-3
+    assert (
+        gradient.dtype == kind
+        and loss.item() == pytest.approx(truth.item(), rel=1e-3)
+        and distance(gradient, slope) <= 5e-3
+    )
 
 
 def test_closed_form_gradcheck():
@@ -299,7 +337,7 @@ FORMS = {"reference": {"impl": "reference"}, "chunked": {"impl": "chunked"}, "cl
 
 
 def of_form(form, teacher, options):
-    """``relation_loss`` of a form, as a function of the student: the closed form takes all pairs alike."""
+    """``relation_loss`` of a form, as a function of the student. The closed form takes no options."""
     return lambda x: relation_loss(x, teacher, **FORMS[form], **({} if form == "closed" else options))
 
 
@@ -312,7 +350,7 @@ def test_autocast_changes_no_bit(form, dtype, inside):
 
 
 def test_autocast_is_felt_by_plain_arithmetic():
-    """The region is one: outside of the operation, it does round."""
+    """The region of these tests has an effect: outside of the operation it does round."""
     student, teacher, options = inputs(2, 60, dtype=torch.float32)
     with pytest.raises(AssertionError, match="value: largest difference"):
         regions.assert_same(lambda x: plain(x, teacher, **options), student, ("forward",))
@@ -328,7 +366,8 @@ def test_autocast_changes_no_bit_when_compiled(form):
     compiled = torch.compile(lambda x: function(x), backend="aot_eager", fullgraph=True)
     expected = regions.value_and_gradient(compiled, student)
     for a, b in zip(expected, regions.value_and_gradient(function, student), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)  # the compiler may take a product and a sum apart
+        # the compiler may split a fused product and sum
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)
     for inside in (("forward",), ("forward", "backward")):
         found = regions.value_and_gradient(compiled, student, inside)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), inside

@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import regions
 import torch
 
 from ldo.ops import predictive_residual, residual
 from ldo.ops.residual import METRICS
+from tests.helpers import regions
 
 SEGMENTS = [None, [0, 11], [0, 1, 4, 11]]
 
@@ -47,7 +47,9 @@ def test_value_is_the_formula(metric, normalize_target, normalize_predicted, seg
     z, h, weight = inputs()
     options = {"metric": metric, "normalize_target": normalize_target, "normalize_predicted": normalize_predicted}
     weight = weight if weighted else None
-    result = predictive_residual(z, h, segments=None if segments is None else torch.tensor(segments), weight_M=weight, **options)
+    result = predictive_residual(
+        z, h, segments=None if segments is None else torch.tensor(segments), weight_M=weight, **options
+    )
     if normalize_predicted is None:
         options["normalize_predicted"] = metric == "cosine"
     np.testing.assert_allclose(result.numpy(), by_loop(z, h, segments, weight=weight, **options), rtol=1e-10)
@@ -58,16 +60,25 @@ def test_value_is_the_formula(metric, normalize_target, normalize_predicted, seg
 def test_arithmetic_is_fp32_whatever_the_input(metric, dtype, tolerance):
     z, h, weight = inputs(dtype, rows=300, features=200)
     segments = [0, 120, 121, 300]
-    result = predictive_residual(z, h, segments=torch.tensor(segments), metric=metric, weight_M=weight.to(torch.float32))
+    result = predictive_residual(
+        z, h, segments=torch.tensor(segments), metric=metric, weight_M=weight.to(torch.float32)
+    )
     assert result.dtype == torch.float32
-    np.testing.assert_allclose(result.numpy(), by_loop(z, h, segments, metric, True, metric == "cosine", weight), rtol=tolerance)
+    np.testing.assert_allclose(
+        result.numpy(), by_loop(z, h, segments, metric, True, metric == "cosine", weight), rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("normalize_predicted", [True, False])
 def test_gradcheck(metric, normalize_predicted):
     z, h, weight = inputs()
-    options = {"segments": torch.tensor([0, 4, 11]), "metric": metric, "normalize_predicted": normalize_predicted, "weight_M": weight}
+    options = {
+        "segments": torch.tensor([0, 4, 11]),
+        "metric": metric,
+        "normalize_predicted": normalize_predicted,
+        "weight_M": weight,
+    }
     assert torch.autograd.gradcheck(lambda x: predictive_residual(x, h, **options), z.requires_grad_())
 
 
@@ -99,7 +110,9 @@ def test_zero_vector_has_cosine_zero(normalize):
 def test_cosine_does_not_depend_on_length():
     z, h, _ = inputs(torch.float32)
     options = {"normalize_predicted": False, "normalize_target": False}
-    torch.testing.assert_close(predictive_residual(1e-5 * z, 1e-5 * h, **options), predictive_residual(z, h, **options), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        predictive_residual(1e-5 * z, 1e-5 * h, **options), predictive_residual(z, h, **options), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("metric, worst", [("cosine", 2.0), ("l1", None), ("l2", None)])
@@ -120,7 +133,7 @@ def test_autocast_changes_no_bit(metric, dtype, inside):
 
 
 def test_autocast_is_off_while_it_computes(monkeypatch):
-    """Also where today's arithmetic has nothing that autocast would round."""
+    """This holds even though the present arithmetic has nothing that autocast would round."""
     seen = []
     monkeypatch.setattr(residual, "_reference", lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     z, h, _ = inputs()
@@ -143,7 +156,10 @@ def test_autocast_is_off_while_it_computes(monkeypatch):
         ({"segments": torch.tensor([1, 6])}, "must rise strictly from 0 to 6"),
         ({"segments": torch.tensor([0, 7])}, "must rise strictly from 0 to 6"),
         ({"weight_M": torch.ones(5)}, "weight_M must have 6 entries, got"),
-        ({"segments": torch.tensor([0, 2, 6]), "weight_M": torch.tensor([1.0, 1, 0, 0, 0, 0])}, "segment 1 has no weight"),
+        (
+            {"segments": torch.tensor([0, 2, 6]), "weight_M": torch.tensor([1.0, 1, 0, 0, 0, 0])},
+            "segment 1 has no weight",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -1,11 +1,10 @@
 """The clipped surrogate: every form against the formula written out, its gradient, and what it refuses."""
 
-import forms
 import pytest
-import regions
 import torch
 
 from ldo.ops import grpo_surrogate
+from tests.helpers import forms, regions
 
 FIELDS = ("total", "policy", "divergence", "ratio", "clipped")
 
@@ -19,7 +18,7 @@ def draw(n=5, s=3, dtype=torch.float64, device="cpu", seed=0):
 
 
 def by_hand(logp, old, advantage, away, clip, weight, kl):
-    """Element by element in Python floats."""
+    """Total, policy and clipped share, element by element in Python floats."""
     n, s = logp.shape
     total = policy = clipped = 0.0
     for i in range(n):
@@ -39,7 +38,9 @@ def test_value_is_the_formula(form):
     found = grpo_surrogate(logp, old, advantage, away, clip=0.02, weight=weight.to(logp.device), kl=0.3, impl=form)
     total, policy, clipped = by_hand(*(x.cpu() for x in (logp, old, advantage, away)), 0.02, weight, 0.3)
     assert 0 < clipped < 1
-    assert [float(getattr(found, f)) for f in ("total", "policy", "clipped")] == pytest.approx([total, policy, clipped], rel=1e-12)
+    assert [float(getattr(found, f)) for f in ("total", "policy", "clipped")] == pytest.approx(
+        [total, policy, clipped], rel=1e-12
+    )
     assert torch.allclose(found.ratio, (logp - old).exp(), rtol=1e-14) and torch.isclose(found.divergence, away.mean())
 
 
@@ -47,7 +48,7 @@ def test_value_is_the_formula(form):
 @pytest.mark.parametrize("n, s", [(1, 1), (16, 1), (7, 4), (1024, 1), (683, 3), (5000, 2)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_extension_gives_what_the_reference_gives_in_fp64(form, n, s, weighted):
-    """Values and gradients, also of ``policy`` and of the ratios, in fp32 no further from fp64 than fp32 resolves."""
+    """Values and gradients, also of ``policy`` and of the ratios. In fp32 they are as close to fp64 as fp32 can be."""
     device = forms.device_of(form)
     inputs = draw(n, s, device=device, seed=n)
     weight = torch.linspace(0.5, 2, s, dtype=torch.float64, device=device) if weighted else 1.7
@@ -55,7 +56,9 @@ def test_extension_gives_what_the_reference_gives_in_fp64(form, n, s, weighted):
     def run(dtype, impl):
         logp, old, advantage, away = (x.to(dtype).requires_grad_() for x in inputs)
         found = grpo_surrogate(logp, old, advantage, away, clip=0.03, weight=weight, kl=0.4, impl=impl)
-        grads = torch.autograd.grad(found.total + 0.3 * found.policy + 0.2 * found.divergence + (found.ratio**2).mean(), (logp, away))
+        grads = torch.autograd.grad(
+            found.total + 0.3 * found.policy + 0.2 * found.divergence + (found.ratio**2).mean(), (logp, away)
+        )
         return [getattr(found, f).detach() for f in FIELDS] + list(grads)
 
     exact = run(torch.float64, "reference")
@@ -73,7 +76,8 @@ def test_ratio_is_exactly_one_where_nothing_changed(form):
     found = grpo_surrogate(logp.requires_grad_(), logp.detach().clone(), advantage, clip=1e-3, impl=form)
     assert (found.ratio == 1).all() and found.clipped == 0
     found.total.backward()
-    assert torch.allclose(logp.grad, -advantage[:, None].expand(5, 3) / 15)  # the tie of the two forms loses no gradient
+    # a tie of the two forms loses no gradient
+    assert torch.allclose(logp.grad, -advantage[:, None].expand(5, 3) / 15)
 
 
 @pytest.mark.parametrize("form", forms.ALL)
@@ -82,7 +86,11 @@ def test_one_step_may_be_flat_and_old_may_be_missing(form):
     logp, _, advantage, _ = draw(s=1, device=device)
     flat = grpo_surrogate(logp[:, 0], None, advantage, clip=0.1, weight=2.0, impl=form)
     square = grpo_surrogate(logp, torch.zeros_like(logp), advantage, clip=0.1, weight=2.0, impl=form)
-    assert flat.ratio.shape == (5,) and torch.equal(flat.total, square.total) and torch.equal(flat.ratio, square.ratio[:, 0])
+    assert (
+        flat.ratio.shape == (5,)
+        and torch.equal(flat.total, square.total)
+        and torch.equal(flat.ratio, square.ratio[:, 0])
+    )
     assert torch.equal(flat.total, 2 * flat.policy) and flat.divergence == 0
 
 
@@ -111,7 +119,11 @@ def test_autocast_changes_no_bit(form, dtype, inside):
     weight = torch.tensor([0.5, 2.0, 1.0], dtype=dtype, device=logp.device)
     for field in ("total", "policy", "ratio"):
         options = {"clip": 0.02, "weight": weight, "kl": 0.3, "impl": form}
-        regions.assert_same(lambda x, field=field, options=options: getattr(grpo_surrogate(x, old, advantage, away, **options), field), logp, inside)
+        regions.assert_same(
+            lambda x, field=field, options=options: getattr(grpo_surrogate(x, old, advantage, away, **options), field),
+            logp,
+            inside,
+        )
 
 
 def test_on_the_cpu_auto_is_the_reference():

@@ -1,56 +1,88 @@
-"""The study: which runs it starts, what it takes from each, and its table."""
+"""The study: which runs it starts, what it reads from each, and its table."""
 
 import json
 
 import pytest
 
-import recipes
-from ldo.config import read
-from ldo.sandbox import study
+from ldo.core.errors import TrainingError
+from ldo.sandbox.study.__main__ import main
+from ldo.stages import study
+from ldo.stages.study import STUDY_ARMS, run_arms, study_table
+from tests.helpers import recipes
 
 
-def record(prompt, seed, bad):
-    fixed = {"text": "x", "existence": 1.0, "law_residual": 0.1, "teleport_rate": 0.0, "path_length": 1.0, "path_true": 1.0}
-    return {"prompt": prompt, "seed": seed, "violations": ["missing"] * bad, "reward_skill": 0.2, "reward_plain": -0.1, **fixed}
+def record(prompt, seed, violates):
+    """One video's metrics, as an evaluation writes them."""
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "violations": ["missing"] if violates else [],
+        "reward_skill": 0.2,
+        "reward_plain": -0.1,
+        "text": "x",
+        "existence": 1.0,
+        "law_residual": 0.1,
+        "teleport_rate": 0.0,
+        "path_length": 1.0,
+        "path_true": 1.0,
+    }
 
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """Stands in for training: notes the recipes and leaves what a run would."""
-    begun = []
+    """The recipes that were started; in place of training, the files that a run leaves are written."""
+    recipes_started = []
 
-    def train(words):
-        recipe = read(words[0], words[1:])
-        begun.append(recipe)
-        bad = "ldo" not in recipe.name
+    def train(validated):
+        recipe = validated.recipe
+        recipes_started.append(recipe)
+        # Only the full method's runs are without violations, so that this arm must differ from the base.
+        violates = "ldo" not in recipe.name
+        moving = [record(prompt, seed, violates) for prompt in range(4) for seed in range(2)]
         for arm in ("base", "sft", "aligned", "ldo"):
             path = recipe.run / "eval" / f"{arm}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"moving": [record(p, s, bad) for p in range(4) for s in range(2)], "rest": []}))
-        return 0
+            path.write_text(json.dumps({"moving": moving, "rest": []}))
 
-    monkeypatch.setattr(study, "train", train)
-    return begun
+    monkeypatch.setattr(study, "run_recipe", train)
+    return recipes_started
 
 
 def test_arms_differ_in_what_their_names_say(started, tmp_path, wan_folder, vjepa_folder):
     path = recipes.write(tmp_path, wan_folder, vjepa_folder)
-    found = study.run_arms(str(path), [], 2)
-    assert len(started) == 12 and {r.seed for r in started} == {0, 1}
-    runs = {r.name.removeprefix("small-study-").rsplit("-", 1)[0]: r for r in started if r.seed == 0}
-    assert set(runs) == set(study.ARMS)
-    assert runs["trd-encode"].teacher.mode == "encode" and runs["trd-encode"].teacher.geometry == "full"
-    assert runs["pda-forecast"].teacher.mode == "forecast" and runs["pda-forecast"].stages == ("align", "evaluate")
-    assert runs["grpo-plain"].critic.reward == "plain" and runs["grpo-plain"].critic.direction == "forward"
-    assert runs["grpo-skill"].stages == ("reinforce", "evaluate") and runs["ldo"].stages == ("align", "reinforce", "evaluate")
-    assert found["n_videos"] == dict.fromkeys(["base", *study.ARMS], 16)
-    assert found["violation_rate_by_seed"]["ldo"] == [0, 0] and found["violation_rate_by_seed"]["base"] == [1, 1]
-    assert found["minus_base"]["ldo"]["violation_rate"]["mean"] == -1
-    table = study.table(found)
-    assert len(table.splitlines()) == 2 + 7 and "| ldo | 0.000 | -1.000 [-1.000, -1.000] |" in table
+    results = run_arms(str(path), [], 2)
+    # Six arms with two seeds each.
+    assert len(started) == 12
+    assert {recipe.seed for recipe in started} == {0, 1}
+    runs = {}
+    for recipe in started:
+        if recipe.seed == 0:
+            arm = recipe.name.removeprefix("small-study-").rsplit("-", 1)[0]
+            runs[arm] = recipe
+    assert set(runs) == set(STUDY_ARMS)
+    assert runs["trd-encode"].teacher.mode == "encode"
+    assert runs["trd-encode"].teacher.geometry == "full"
+    assert runs["pda-forecast"].teacher.mode == "forecast"
+    assert runs["pda-forecast"].stages == ("align", "evaluate")
+    assert runs["grpo-plain"].critic.reward == "plain"
+    assert runs["grpo-plain"].critic.direction == "forward"
+    assert runs["grpo-skill"].stages == ("reinforce", "evaluate")
+    assert runs["ldo"].stages == ("align", "reinforce", "evaluate")
+    # Four prompts with two videos each, from both runs of an arm.
+    assert results["n_videos"] == dict.fromkeys(["base", *STUDY_ARMS], 16)
+    assert results["violation_rate_by_seed"]["ldo"] == [0, 0]
+    assert results["violation_rate_by_seed"]["base"] == [1, 1]
+    assert results["minus_base"]["ldo"]["violation_rate"]["mean"] == -1
+    table = study_table(results)
+    # Two lines of header, the base and six arms.
+    assert len(table.splitlines()) == 2 + 7
+    assert "| ldo | 0.000 | -1.000 [-1.000, -1.000] |" in table
 
 
 def test_an_arm_that_fails_ends_the_study(monkeypatch, tmp_path, wan_folder, vjepa_folder, capsys):
-    monkeypatch.setattr(study, "train", lambda _: 2)
-    assert study.main([str(recipes.write(tmp_path, wan_folder, vjepa_folder))]) == 2
-    assert "arm sft did not finish" in capsys.readouterr().err
+    def fail(_):
+        raise TrainingError("the gradient is not finite")
+
+    monkeypatch.setattr(study, "run_recipe", fail)
+    assert main([str(recipes.write(tmp_path, wan_folder, vjepa_folder))]) == 2
+    assert "arm sft did not finish: the gradient is not finite" in capsys.readouterr().err

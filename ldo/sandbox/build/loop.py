@@ -1,4 +1,4 @@
-"""The training loop that all parts of the build share: resumable at any point, in slices of so many minutes."""
+"""The training loop that all parts of the build share: resumable at any point, in slices of a given time."""
 
 from __future__ import annotations
 
@@ -32,44 +32,59 @@ def fit(
     save_every: float = 120.0,
     log_every: int = 100,
 ) -> None:
-    """Run ``step(i)`` for i < total, each learning rate on a cosine; continue from ``path`` where it exists.
+    """Run ``step(index)`` for each index below ``total``, each learning rate on a cosine; resume from ``path``.
 
-    ``step`` does forward, backward and optimizer steps, and returns figures to log. Raises OutOfTime past ``deadline``.
+    ``step`` does forward, backward and optimizer steps, and returns metrics to log. Raises OutOfTime past ``deadline``
+    (of time.monotonic); at least one step is taken before.
     """
-    start = 0
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+    start = _restore(path, modules, optimizers) if path.exists() else 0
+    # Only now, since loading an optimizer's state replaces its groups.
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
         group.setdefault("initial_lr", group["lr"])
-    if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved_state)
-        start = state["step"]
 
-    def save(done: int) -> None:
-        part = path.with_suffix(".part")
-        state = {n: m.state_dict() for n, m in modules.items()}
-        torch.save({"modules": state, "optimizers": [o.state_dict() for o in optimizers], "step": done}, part)
-        os.replace(part, path)
-
-    saved = began = time.monotonic()
+    started = time.monotonic()
+    last_saved = started
     sums: dict[str, float] = {}
-    for i in range(start, total):
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * cosine(i, total)
-        for key, value in step(i).items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-        if (i + 1) % log_every == 0 or i + 1 == total:
-            n = min(log_every, i + 1 - start)
-            left = (time.monotonic() - began) / (i + 1 - start) * (total - i - 1)
-            figures = "  ".join(f"{k} {v / n:.4f}" for k, v in sums.items())
-            print(f"{path.stem} {i + 1}/{total}  {figures}  {left / 60:.0f} min left", flush=True)
+    for index in range(start, total):
+        for group in groups:
+            group["lr"] = group["initial_lr"] * cosine(index, total)
+        for name, value in step(index).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        done = index + 1
+        if done % log_every == 0 or done == total:
+            # After a resume the first stretch between log lines may be shorter.
+            steps_summed = min(log_every, done - start)
+            minutes_left = (time.monotonic() - started) / (done - start) * (total - done) / 60
+            metrics = "  ".join(f"{name} {value / steps_summed:.4f}" for name, value in sums.items())
+            print(f"{path.stem} {done}/{total}  {metrics}  {minutes_left:.0f} min left", flush=True)
             sums = {}
-        now = time.monotonic()
-        if now > deadline and i + 1 < total:
-            save(i + 1)
+        current_time = time.monotonic()
+        if current_time > deadline and done < total:
+            _save(path, modules, optimizers, done)
             raise OutOfTime
-        if now - saved > save_every or i + 1 == total:
-            save(i + 1)
-            saved = now
+        if current_time - last_saved > save_every or done == total:
+            _save(path, modules, optimizers, done)
+            last_saved = current_time
+
+
+def _save(path: Path, modules: dict[str, torch.nn.Module], optimizers: list[torch.optim.Optimizer], done: int) -> None:
+    """Write weights and optimizers after ``done`` steps, in one move: a slice that is killed leaves the old file."""
+    checkpoint = {
+        "modules": {name: module.state_dict() for name, module in modules.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": done,
+    }
+    temporary = path.with_suffix(".part")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def _restore(path: Path, modules: dict[str, torch.nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
+    """Load what ``_save`` wrote, and return the number of steps done."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint["modules"][name])
+    for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(saved_state)
+    return checkpoint["step"]

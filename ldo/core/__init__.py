@@ -1,0 +1,1 @@
+"""What everything else builds on: recipes, checkpoints, processes, random numbers, progress and logs."""

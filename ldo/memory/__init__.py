@@ -1,0 +1,1 @@
+"""How much memory a recipe needs, found before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Video diffusion models behind one small protocol; one file per family."""

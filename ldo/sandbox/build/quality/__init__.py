@@ -1,0 +1,1 @@
+"""How good a sandbox generator is: ``python -m ldo.sandbox.build.quality``."""

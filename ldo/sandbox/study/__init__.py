@@ -1,0 +1,1 @@
+"""The seven-arm study: ``python -m ldo.sandbox.study``."""

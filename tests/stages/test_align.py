@@ -1,0 +1,110 @@
+"""Stage 1 and its control: what is learnt, held-out losses, bitwise resume, the finite check, self mode."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from ldo.core.checkpoint import load_checkpoint
+from ldo.core.errors import TrainingError
+from ldo.core.step_log import read_steps
+from ldo.models.lora import read_lora
+from ldo.stages import align
+from ldo.stages.align import clip_losses, train_align
+from ldo.stages.clips import prepare_clips
+from ldo.stages.self_clips import sample_own_clips
+from tests.helpers.interrupt import interrupted
+
+
+def test_loss_falls_and_the_adapter_is_exported(open_run):
+    run = open_run(align__steps=12)
+    values = train_align(run, "align")
+    rows = read_steps(run.folder / "align.jsonl")
+    assert [r["step"] for r in rows] == list(range(12))
+    held = [r["held_out_pda"] for r in rows if "held_out_pda" in r]
+    assert len(held) == 6 and held[-1] < held[0]
+    exported = read_lora(run.lora_folder("aligned"))
+    assert all(torch.equal(exported[k], v) for k, v in values.items())
+    assert any((v != run.fresh[k]).any() for k, v in values.items())
+
+
+def test_control_sees_the_same_batches_without_the_teacher(open_run):
+    run = open_run()
+    train_align(run, "sft")
+    train_align(run, "align")
+    sft, aligned = read_steps(run.folder / "sft.jsonl"), read_steps(run.folder / "align.jsonl")
+    assert sft[0]["flow_loss"] == aligned[0]["flow_loss"]  # the same clips, noise and times from the same adapter
+    assert sft[-1]["flow_loss"] != aligned[-1]["flow_loss"]
+    assert all(r["pda_loss"] == 0 for r in sft) and all(r["pda_loss"] > 0 for r in aligned)
+
+
+@pytest.mark.parametrize("projector", ["none", "mlp"])
+def test_resume_is_bitwise(open_run, projector):
+    whole = open_run(teacher__projector=projector)
+    expected = train_align(whole, "align")
+    log = (whole.folder / "align.jsonl").read_text()
+    shutil.rmtree(whole.folder)
+
+    first = open_run(teacher__projector=projector)
+    with interrupted(align, "optimizer_step", 6):  # after step 5: one step past the checkpoint at 4
+        train_align(first, "align")
+    assert load_checkpoint(first.checkpoint("align"))["step"] == 4
+    found = train_align(open_run(teacher__projector=projector), "align")
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert (whole.folder / "align.jsonl").read_text() == log
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_its_state(open_run):
+    run = open_run()
+    train_align(run, "sft")
+    before = load_checkpoint(run.checkpoint("sft"))
+    shutil.rmtree(run.folder / "checkpoints")
+    clips = prepare_clips(run)
+    spoilt = lambda rows: {k: v * float("nan") if k == "latents" else v for k, v in clips.read(rows).items()}  # noqa: E731
+    run.prepared = dataclasses.replace(clips, read=spoilt)
+    with pytest.raises(TrainingError, match=r"not finite at sft step 0, clips \["):
+        train_align(run, "sft")
+    assert all(torch.isfinite(p).all() for p in run.parameters.values())
+    assert before["step"] == 6 and not run.checkpoint("sft").exists()
+
+
+def test_held_out_clips_are_never_trained_on(open_run, monkeypatch):
+    run = open_run()
+    seen = set()
+    losses = clip_losses
+
+    def spy(run, aligner, clips, rows, noise, t_B):
+        if torch.is_grad_enabled():
+            seen.update(rows.tolist())
+        return losses(run, aligner, clips, rows, noise, t_B)
+
+    monkeypatch.setattr(align, "clip_losses", spy)
+    train_align(run, "sft")
+    assert seen and max(seen) < 14  # of 16 clips the last two are held out
+
+
+def test_block_is_a_share_of_depth(open_run):
+    assert [align.block_index(open_run(teacher__block=b)) for b in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 1, 1]
+
+
+def test_micro_batches_add_up_to_the_step(open_run):
+    """Without the teacher, whose pairs are averaged over a forward pass, the same steps but for rounding."""
+    whole = train_align(open_run(), "sft")
+    shutil.rmtree(open_run().folder)
+    parts = train_align(open_run(align__micro_batch=1), "sft")
+    assert align.micro_batches([5, 6, 7, 8, 9], 2) == [[5, 6], [7, 8], [9]]
+    assert all(torch.allclose(parts[k], v, atol=1e-4) for k, v in whole.items())
+    assert any(not torch.equal(v, open_run().fresh[k]) for k, v in whole.items())
+
+
+def test_self_mode_trains_on_the_models_own_videos(open_run):
+    run = open_run(data__source="self", data__clips=20)
+    train_align(run, "align")
+    lines = [json.loads(line) for line in (run.folder / "self" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == [f"{i:05d}.mp4" for i in range(20)]
+    assert [line["text"] for line in lines] == [run.prompts[i % 8].text for i in range(20)]
+    assert len(prepare_clips(run)) == 20
+    frames = run.frames_of(run_clips := sample_own_clips(run))
+    assert len(run_clips) == 20 and frames.shape == (20, 17, 3, 32, 32)

@@ -1,0 +1,221 @@
+"""A folder of ordinary files, of mixed sizes, rates and lengths, some broken.
+
+Stage 1 from the command line to the adapter.
+"""
+
+import json
+import os
+import shutil
+from fractions import Fraction
+
+import pytest
+import torch
+
+from ldo.core.checkpoint import load_checkpoint
+from ldo.core.distributed import Processes
+from ldo.core.errors import TrainingError
+from ldo.core.recipe_file import read_recipe
+from ldo.core.step_log import read_steps
+from ldo.data.cache import read_entry
+from ldo.models.lora import read_lora
+from ldo.run.load import load_run
+from ldo.run.validate import validate
+from ldo.stages import align, cached_clips
+from ldo.stages.align import train_align
+from ldo.stages.cached_clips import CODE_VERSIONS
+from ldo.stages.clips import prepare_clips
+from ldo.stages.encoded_clips import EncodedClips
+from ldo.train import main
+from tests.helpers import recipes
+from tests.helpers.films import cut, encode, no_frames, ramp, scratched, shake, sound_only
+from tests.helpers.forked import start_run
+from tests.helpers.interrupt import interrupted
+
+BUCKETS = [[17, 32, 32], [17, 32, 48], [17, 48, 32], [33, 32, 32]]
+BROKEN = ("cut.mp4", "empty.mp4", "hole.avi", "nothing.mp4", "short.mp4", "small.mp4", "sound.mp4", "text.mp4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Films of every kind with a caption beside each."""
+    path = tmp_path_factory.mktemp("films")
+    encode(path / "camera.mp4", ramp(72, 48, 64), fps=24)
+    encode(path / "web.webm", ramp(25, 49, 71), fps=10, codec="libvpx-vp9")
+    encode(path / "phone.mp4", ramp(60, 32, 48), fps=24, turn=-90)
+    encode(path / "screen.mkv", ramp(40, 64, 64), times=[60 * k + 25 * (k % 3) for k in range(40)])
+    encode(path / "long.mp4", ramp(120, 36, 36), fps=12)
+    encode(path / "anamorphic.mp4", ramp(40, 48, 48), fps=16, pixel=Fraction(4, 3))
+    encode(path / "old.avi", ramp(30, 32, 48), fps=12, codec="mpeg4")
+    encode(path / "square.mp4", ramp(35, 64, 64), fps=16)
+    cut(encode(path / "cut.mp4", shake()), 0.6)
+    (path / "empty.mp4").write_bytes(b"")
+    scratched(encode(path / "hole.avi", shake(), codec="mpeg4"), 0.4)
+    no_frames(path / "nothing.mp4")
+    encode(path / "short.mp4", ramp(20, 32, 32), fps=24)
+    encode(path / "small.mp4", ramp(60, 16, 24), fps=24)
+    sound_only(path / "sound.mp4")
+    (path / "text.mp4").write_text("no film\n" * 50)
+    for film in list(path.iterdir()):
+        film.with_suffix(".txt").write_text(f"a red ball rolls {len(film.stem)}")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, wan_folder, vjepa_folder, folder):
+    def make(**changes):
+        own = {
+            "data__videos": str(folder),
+            "data__buckets": BUCKETS,
+            "data__bad_clips": "skip",
+            "stages": ["align"],
+            "align__batch": 2,
+        }
+        return recipes.write(tmp_path, wan_folder, vjepa_folder, **own | changes)
+
+    return make
+
+
+@pytest.fixture
+def open_own(recipe):
+    return lambda **changes: load_run(validate(read_recipe(recipe(**changes))), Processes())
+
+
+def test_the_first_bad_clip_is_told_and_all_are_listed(recipe, capsys, tmp_path):
+    assert main([str(recipe(data__bad_clips="error"))]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ldo:")]
+    assert "cut.mp4: it cannot be decoded" in line and "(and 7 more)" in line and "data.bad_clips=skip" in line
+    report = tmp_path / "runs" / "small" / "clips-report.jsonl"
+    assert str(report) in line
+    rows = [json.loads(row) for row in report.read_text().splitlines()]
+    assert tuple(os.path.basename(r["file"]) for r in rows if "bad" in r) == BROKEN and len(rows) == 16
+    reasons = {os.path.basename(r["file"]): r["bad"] for r in rows if "bad" in r}
+    assert "it is empty" in reasons["empty.mp4"] and "7 frames at 8 fps and 17 are needed" in reasons["short.mp4"]
+    assert "its 24 x 16 pixels are too few" in reasons["small.mp4"] and "no video stream" in reasons["sound.mp4"]
+
+
+def test_clips_fall_into_buckets(open_own):
+    found = {c.path.name: (c.size, c.windows) for c in open_own(data__windows="all").clips}
+    assert found == {
+        "anamorphic.mp4": ((17, 32, 48), 1),
+        "camera.mp4": ((17, 32, 48), 1),
+        "long.mp4": ((33, 32, 32), 2),
+        "old.avi": ((17, 32, 48), 1),
+        "phone.mp4": ((17, 48, 32), 1),
+        "screen.mkv": ((17, 32, 32), 1),
+        "square.mp4": ((17, 32, 32), 1),
+        "web.webm": ((17, 32, 48), 1),
+    }
+
+
+def test_it_trains_and_resumes_bitwise(open_own, tmp_path):
+    whole = open_own()
+    expected = train_align(whole, "align")
+    rows = read_steps(whole.folder / "align.jsonl")
+    assert [r["step"] for r in rows] == list(range(6)) and all(r["pda_loss"] > 0 for r in rows)
+    text = (whole.folder / "align.jsonl").read_text()
+    shutil.rmtree(whole.folder)
+
+    with interrupted(align, "optimizer_step", 6):
+        train_align(open_own(), "align")
+    again = open_own()
+    assert load_checkpoint(again.checkpoint("align"))["step"] == 4
+    lost, damaged = sorted(again.recipe.cache.glob("latents/*/*"))[:2]
+    lost.unlink()  # what is lost or damaged meanwhile is made again, with the same bits
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    found = train_align(again, "align")
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert (whole.folder / "align.jsonl").read_text() == text
+
+
+def test_a_run_goes_on_with_its_own_clips_alone(open_own, folder, tmp_path):
+    own = tmp_path / "copy"
+    shutil.copytree(folder, own)
+    train_align(open_own(data__videos=str(own), align__steps=2), "align")
+    encode(own / "square.mp4", shake(35, 64), fps=16)
+    with pytest.raises(TrainingError, match=r"the clips of data\.videos are not those that .* began with"):
+        prepare_clips(open_own(data__videos=str(own), align__steps=4))
+
+
+def test_the_second_start_encodes_nothing(open_own, monkeypatch):
+    first = prepare_clips(open_own(data__windows="all"))
+    again = open_own(data__windows="all")
+    for part in ("encode_video", "encode_text"):
+        monkeypatch.setattr(again.generator, part, lambda *_: pytest.fail("encoded twice"))
+    monkeypatch.setattr(cached_clips, "make_target", lambda *_: pytest.fail("encoded twice"))
+    monkeypatch.setattr("ldo.data.folder.probe_video", lambda *_: pytest.fail("probed twice"))
+    second = prepare_clips(again)
+    assert len(second) == len(first) == 9
+    again.texts(first.prompts)
+    for size in range(9):
+        a, b = first.read(torch.tensor([size])), second.read(torch.tensor([size]))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("change", ["code", "teacher", "frames"])
+def test_what_changes_is_encoded_again(open_own, monkeypatch, change):
+    before = open_own()
+    prepare_clips(before)
+
+    def count(kind):
+        return len(list(before.recipe.cache.glob(f"{kind}/*/*")))
+
+    made = count("latents"), count("teacher")
+    assert made == (8, 8)
+    if change == "code":
+        monkeypatch.setitem(CODE_VERSIONS, "latents", 99)
+    changes = {"code": {}, "teacher": {"teacher__mode": "encode"}, "frames": {"data__fps": 7.5}}[change]
+    prepare_clips(open_own(**changes))
+    clips = {"code": (16, 8), "teacher": (8, 16)}
+    assert (count("latents"), count("teacher")) == clips.get(change, (count("latents"), count("teacher")))
+    assert change != "frames" or min(count("latents"), count("teacher")) > 8
+
+
+def test_a_clip_lost_after_the_probe(open_own, folder, tmp_path, caplog):
+    own = tmp_path / "copy"
+    shutil.copytree(folder, own)
+    for policy in ("error", "skip"):
+        for bad in BROKEN:
+            (own / bad).unlink(missing_ok=True)
+            (own / bad).with_suffix(".txt").unlink(missing_ok=True)
+        session = open_own(data__videos=str(own), data__bad_clips=policy, name=policy)
+        (own / "camera.mp4").rename(own / "away")
+        if policy == "error":
+            with pytest.raises(
+                TrainingError, match=r"1 of 8 clips can no longer be read, first .*camera\.mp4: .*; fix them"
+            ):
+                prepare_clips(session)
+        else:
+            clips = prepare_clips(session)
+            assert len(clips) == 7 and "camera.mp4" not in {f.name for f in clips.files}
+            assert "1 of 8 clips can no longer be read" in caplog.text
+            assert "camera.mp4" in (session.folder / "clips-lost.jsonl").read_text()
+        (own / "away").rename(own / "camera.mp4")
+    again = prepare_clips(open_own(data__videos=str(own), data__bad_clips="skip", name="skip"))
+    assert again.files == clips.files  # the run goes on as it began, though the file is back
+
+
+def test_held_out_files_are_not_trained_on(open_own):
+    clips = EncodedClips(list("abcdefghijklmnop"), [(17, 32, 32)] * 16, [*"aabbccddeefffggg"], dict)
+    train, held = clips.split()
+    assert (train, held) == ([list(range(13))], [[13, 14, 15]])  # 14 would part the windows of g
+    assert EncodedClips(["x"] * 16, [(1, 1, 1)] * 16, ["a"] * 16, dict).split() == ([list(range(14))], [[14, 15]])
+
+
+def test_two_processes_train_what_one_does(recipe, tmp_path):
+    path = recipe(rl__prompts=4, align__steps=3)
+    pair = [str(path), "name=pair", f"data.cache={tmp_path / 'pair'}"]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "OMP_NUM_THREADS": "1"}
+    # tests/test_train.py starts its ranks with torchrun
+    ranks = [start_run(pair, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert main([str(path), "name=alone", f"data.cache={tmp_path / 'alone'}"]) == 0
+    entries = [{p.name: read_entry(p) for p in (tmp_path / n).glob("*/*/*.safetensors")} for n in ("pair", "alone")]
+    assert entries[0].keys() == entries[1].keys() and len(entries[0]) >= 16
+    for name, entry in entries[0].items():
+        assert all(torch.equal(v, entries[1][name][k]) for k, v in entry.items())  # whichever rank made it
+    a, b = (read_lora(tmp_path / "runs" / n / "lora" / "aligned") for n in ("pair", "alone"))
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in b)
+    logs = [read_steps(tmp_path / "runs" / n / "align.jsonl") for n in ("pair", "alone")]
+    assert [r["grad_norm"] for r in logs[0]] == pytest.approx([r["grad_norm"] for r in logs[1]], rel=1e-4)
