@@ -280,7 +280,7 @@ def measure(
 
     learnt = meter.part(f"reinforce: {settings.minibatches} optimizer steps", update, profile=True)
     assert learnt.get("grad_norm"), "the update had no gradient, so its time means nothing"
-    return meter.found | {"figures": metrics | learnt}
+    return meter.found | {"metrics": metrics | learnt}
 
 
 def main() -> int:

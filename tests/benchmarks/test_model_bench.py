@@ -45,7 +45,7 @@ def test_both_stages_of_a_family(kind, tmp_path, vjepa_folder, monkeypatch, caps
     assert list(profiles) == expected_names and len(profiles) == 3
     for profile in profiles.values():
         assert profile["kernels"] > 100 and profile["busy_s"] > 0 and len(profile["top"]) == 10
-    assert result["figures"]["zero_variance_groups"] == 2 and result["figures"]["grad_norm"] > 0
+    assert result["metrics"]["zero_variance_groups"] == 2 and result["metrics"]["grad_norm"] > 0
     # of the first update; another ran under the profiler
     before, after, *_ = snapshots
     assert any((before[name] != after[name]).any() for name in before), "the update changed nothing"
@@ -124,4 +124,4 @@ def test_a_family_keeps_to_one_device_on_a_pretended_gpu(kind, tmp_path, vjepa_f
     with pretend.gpu():
         assert bench_model.main() == 0
     result = json.loads(result_path.read_text())
-    assert result["device"] == "Pretended GPU" and len(result["parts"]) == 7 and result["figures"]["grad_norm"] > 0
+    assert result["device"] == "Pretended GPU" and len(result["parts"]) == 7 and result["metrics"]["grad_norm"] > 0
