@@ -105,8 +105,8 @@ class DataConfig(Section):
     clips: int = Field(768, gt=0)  # how many clips to write ("sandbox") or to sample ("self")
     prompt_count: int = Field(256, gt=0)  # how many prompts to write ("sandbox")
     frames: int = Field(17, gt=0)
-    height: int = 32
-    width: int = 32
+    height: int = Field(32, gt=0)
+    width: int = Field(32, gt=0)
     fps: Number = Field(8.0, gt=0)
     # sizes [frames, height, width] that clips are sorted into; empty: only frames x height x width
     buckets: Sizes = ()
@@ -131,19 +131,19 @@ class TeacherConfig(Section):
 
     mode: Literal["forecast", "encode", "delta"] = "forecast"
     block: Number = Field(0.5, ge=0, lt=1)  # which transformer block is aligned, as a share of depth
-    window: int = 16  # frames the world model sees at once
-    context: int = 8  # frames it forecasts from
+    window: int = Field(16, gt=0)  # frames the world model sees at once
+    context: int = Field(8, gt=0)  # frames it forecasts from
     stride: int = Field(8, gt=0)
     # same-frame and other pairs apart, or one plain mean over all pairs
     geometry: Literal["split", "full"] = "split"
     weights: Literal["motion", "uniform"] = "motion"  # token weights: the target's own change over time, or 1
-    margin: Number = 0.1
+    margin: Number = Field(0.1, ge=0)
     penalty: Literal["hinge", "squared", "huber"] = "hinge"
-    spatial: Number = 0.5
-    temporal: Number = 0.5
+    spatial: Number = Field(0.5, ge=0)
+    temporal: Number = Field(0.5, ge=0)
     # of hidden states, before their geometry is compared: trained in stage 1, frozen in stage 2
     projector: Literal["none", "mlp"] = "none"
-    weight: Number = 0.5  # of the alignment loss, next to the flow loss
+    weight: Number = Field(0.5, ge=0)  # of the alignment loss, next to the flow loss
 
 
 class CriticConfig(Section):
@@ -151,7 +151,7 @@ class CriticConfig(Section):
 
     reward: Literal["skill", "plain"] = "skill"
     direction: Literal["both", "forward"] = "both"
-    window: int = 16
+    window: int = Field(16, gt=0)
     stride: int = Field(8, gt=0)
     contexts: Numbers = (4, 8)
     horizon: int = Field(0, ge=0)  # tubelets looked ahead; 0 looks to the end of the window
@@ -164,23 +164,23 @@ class CriticConfig(Section):
     top: Number = Field(0.1, ge=0, le=1)
     windows: Literal["mean", "worst"] = "mean"  # over a clip's windows and contexts
     kappa: Number = Field(0.02, gt=0)  # floor of the persistence error, for scenes at rest
-    fps: Number = 0.0  # resample clips to this rate before scoring; 0 keeps their own
-    motion_floor: Number = 0.5  # guard: least share of the stage-1 model's motion on the same prompt
+    fps: Number = Field(0.0, ge=0)  # resample clips to this rate before scoring; 0 keeps their own
+    motion_floor: Number = Field(0.5, ge=0)  # guard: least share of the stage-1 model's motion on the same prompt
     # guard: greatest share of it; restless videos are as easy a way to a reward as still ones
     motion_ceiling: Number = Field(2.0, gt=0)
-    motion_weight: Number = 0.5
-    sharpness_floor: Number = 0.8  # guard: least share of the stage-1 model's sharpness
-    sharpness_weight: Number = 0.5
-    start_weight: Number = 0.0  # guard: fidelity of the first frame to the stage-1 model's
+    motion_weight: Number = Field(0.5, ge=0)
+    sharpness_floor: Number = Field(0.8, ge=0)  # guard: least share of the stage-1 model's sharpness
+    sharpness_weight: Number = Field(0.5, ge=0)
+    start_weight: Number = Field(0.0, ge=0)  # guard: fidelity of the first frame to the stage-1 model's
 
 
 class GateConfig(Section):
     """Stage 0: the critic must earn its place."""
 
     pairs: int = Field(200, gt=0)  # matched pairs for each kind of violation
-    all_kinds: Number = 0.90  # least share of pairs ranked correctly, over all kinds
-    each_kind: Number = 0.75
-    spearman: Number = 0.3  # least rank correlation of reward and exact metrics within a prompt
+    all_kinds: Number = Field(0.90, ge=0, le=1)  # least share of pairs ranked correctly, over all kinds
+    each_kind: Number = Field(0.75, ge=0, le=1)
+    spearman: Number = Field(0.3, ge=-1, le=1)  # least rank correlation of reward and exact metrics within a prompt
     prompts: int = Field(12, gt=0)  # prompts of that test, ``samples`` videos each
     samples: int = Field(12, gt=0)
     override: bool = False  # continue with a critic that failed
@@ -193,10 +193,10 @@ class AlignConfig(Section):
     batch: int = Field(32, gt=0)
     micro_batch: int = Field(0, ge=0)  # clips in one forward pass; 0 takes a process's whole share of the batch
     lr: Number = Field(1e-4, gt=0)
-    warmup: int = 20
-    weight_decay: Number = 0.01
-    max_grad_norm: Number = 1.0
-    time_shift: Number = 0.0  # shift of the training times; 0 takes the sampler's
+    warmup: int = Field(20, ge=0)
+    weight_decay: Number = Field(0.01, ge=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    time_shift: Number = Field(0.0, ge=0)  # shift of the training times; 0 takes the sampler's
 
 
 class ReinforceConfig(Section):
@@ -209,29 +209,29 @@ class ReinforceConfig(Section):
     objective: Literal["grpo", "nft", "awm"] = "grpo"
     sampler: Literal["flow", "dance", "cps"] = "flow"
     eta: Number = 0.7
-    steps: int = 16
+    steps: int = Field(16, gt=0)
     window: int = 3  # stochastic, trained steps
-    window_start: int = 0  # first step that may be stochastic
+    window_start: int = Field(0, ge=0)  # first step that may be stochastic
     window_range: int = Field(1, gt=0)  # how many steps the window's start may move over, drawn for each rollout
-    guidance: Number = 1.0
+    guidance: Number = Field(1.0, ge=0)
     shared_noise: bool = True  # a group starts from one noise
     epochs: int = Field(1, gt=0)
     minibatches: int = Field(2, gt=0)  # optimizer steps in an epoch: at 1 the clip never acts
     lr: Number = Field(1e-4, gt=0)
-    weight_decay: Number = 0.0
-    max_grad_norm: Number = 1.0
+    weight_decay: Number = Field(0.0, ge=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
     clip: Number = Field(1e-3, gt=0)
     guard: bool = True  # GRPO-Guard: ratios of equal spread at every step, gradients of equal weight
     guard_clip: Number = Field(1e-4, gt=0)
-    advantage_clip: Number = 5.0
-    kl: Number = 2e-4
-    nft_beta: Number = 1.0
+    advantage_clip: Number = Field(5.0, gt=0)
+    kl: Number = Field(2e-4, ge=0)
+    nft_beta: Number = Field(1.0, gt=0)
     train_times: int = Field(3, gt=0)  # noise levels a sample is trained at (nft, awm)
-    align_weight: Number = 0.0  # of the alignment loss during stage 2
-    flow_weight: Number = 0.0  # of the flow loss on the clips during stage 2
+    align_weight: Number = Field(0.0, ge=0)  # of the alignment loss during stage 2
+    flow_weight: Number = Field(0.0, ge=0)  # of the flow loss on the clips during stage 2
     ema: Number = Field(0.9, ge=0, lt=1)
     ema_every: int = Field(8, gt=0)
-    stop_motion: Number = 0.5  # stop when the videos' motion falls below this share of the stage-1 model's
+    stop_motion: Number = Field(0.5, ge=0)  # stop when the videos' motion falls below this share of the stage-1 model's
 
 
 class EvaluateConfig(Section):
@@ -241,7 +241,7 @@ class EvaluateConfig(Section):
     count: int = Field(128, gt=0)  # prompts taken
     seeds: int = Field(2, gt=0)
     steps: int = Field(20, gt=0)
-    guidance: Number = 1.0
+    guidance: Number = Field(1.0, ge=0)
     batch: int = Field(32, gt=0)
 
 
@@ -252,7 +252,7 @@ class Recipe(Section):
     seed: int = 0
     out: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+    threads: int = Field(0, ge=0)  # CPU threads; 0 leaves PyTorch's choice
     save_every: int = Field(20, gt=0)  # steps between checkpoints
     log: Words = ("tensorboard",)  # besides the JSON lines: tensorboard, wandb, trackio
     log_project: str = "ldo"  # project in W&B and trackio
