@@ -1,4 +1,12 @@
-"""The alignment loss: the geometry of the generator's hidden states against that of the teacher's target.
+"""The alignment loss L_PDA: the geometry of the generator's hidden states against that of the teacher's target.
+
+Hidden states are resampled to the target's grid. With s_ij and y_ij the cosine similarities of tokens i and j of
+student and target, w the target's weights, and all pairs of a clip in two classes, same frame and different frames:
+
+    d_ij  = s_ij - y_ij,   phi = max(|d| - margin, 0),   W_ij = w_i + w_j - w_i w_j
+    L_PDA = spatial  sum_same W phi / sum_same W  +  temporal  sum_diff W phi / sum_diff W
+
+``ldo/ops/relation.py`` computes it from the tokens, with its gradient; ``ldo/method/teacher.py`` makes the target.
 
 Shapes: B clips, N = t h w tokens, D student and E teacher features.
 """
