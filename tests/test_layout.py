@@ -128,13 +128,23 @@ def test_a_wheel_holds_what_a_checkout_does(tmp_path):
         "import sys; sys.path.insert(0, 'site'); import ldo, ldo.kernels.support as s, ldo.train, ldo.core.config as "
         "c; "
         "from ldo.sandbox import shipped as d, measure as m; from ldo.ops import extension as e; "
-        "from ldo.models.generator import published as p; "
+        "from ldo.models.generator import published as p; from ldo.report.render import render_template as r; "
         "print(s.__file__, c.DEFAULT_RECIPE.is_file(), d.GENERATOR.is_dir(), bool(m.thresholds()), "
-        "bool(p.published_names()), e.load()[0] is not None)"
+        "bool(p.published_names()), 'Not run' in r('gate.html', gate=None), e.load()[0] is not None)"
     )
     buildable = any(shutil.which(c) for c in ("c++", "g++", "clang++"))
     out = python(code, tmp_path)
-    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True True {buildable}"
+    assert out == f"{tmp_path / 'site' / 'ldo' / 'kernels' / 'support.py'} True True True True True {buildable}"
+    templates = {file.name for file in (ROOT / "ldo" / "report" / "templates").iterdir()}
+    assert templates == {file.name for file in (tmp_path / "site" / "ldo" / "report" / "templates").iterdir()}
+
+
+def test_everything_imports_without_triton():
+    """PyTorch brings Triton only on Linux with CUDA; elsewhere every operation has a form in plain PyTorch."""
+    modules = [file.relative_to(ROOT).with_suffix("") for file in (ROOT / "ldo").rglob("*.py")]
+    names = sorted(".".join(module.parts).removesuffix(".__init__") for module in modules)
+    code = "import importlib as i, sys; sys.modules['triton'] = None; [i.import_module(name) for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, check=True)
 
 
 def test_files_are_short():

@@ -22,6 +22,8 @@ _EXPECTED = {
     "tuple_type": "a list is expected, e.g. [4, 8]",
 }
 
+_UNKNOWN = ("extra_forbidden", "invalid_key")  # what it calls an unknown key, and one that is no text
+
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``a.b=c`` overrides.
@@ -50,7 +52,7 @@ def build_section(section: type[Section], tree: dict, where: str) -> Any:
         return section.model_validate(tree)
     except ValidationError as error:
         # an unknown key explains more than the values that its misspelling left out
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN)
         raise RecipeError(f"{where}: {_in_words(section, problems[0])}") from None
 
 
@@ -93,9 +95,12 @@ def _next_to(recipe: Recipe, folder: Path) -> Recipe:
 
 def _in_words(section: type[Section], problem: dict) -> str:
     """One of pydantic's errors as what, where and the fix."""
-    path = [part for part in problem["loc"] if isinstance(part, str)]
-    key, kind, value = ".".join(path), problem["type"], problem["input"]
-    if kind == "extra_forbidden":
+    kind, value = problem["type"], problem["input"]
+    # A key that is no text is unknown like any other: YAML 1.1 reads "on" and "no" as true and false.
+    unknown = kind in _UNKNOWN
+    path = [str(part) for part in problem["loc"] if unknown or isinstance(part, str)]
+    key = ".".join(path)
+    if unknown:
         return f"unknown key {key}{_nearest(section, path)}"
     if kind in ("model_type", "model_attributes_type"):
         first = next(iter(_section_of(section, path).model_fields))

@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ldo.kernels import support
-from ldo.kernels.relation import fused_relation_loss
 from ldo.kernels.support import HUBER
 from ldo.ops.dispatch import as_given, choose_triton
 from ldo.ops.relation_closed import (
@@ -90,6 +89,9 @@ def relation_loss(
         if impl != "reference" and uniform_squares and closed_form_is_cheaper(student_BND, teacher):
             return ClosedForm.apply(student_BND, teacher, _operand(student_BND))
         if impl == "triton":
+            # imported here, since it needs Triton
+            from ldo.kernels.relation import fused_relation_loss
+
             options = {"margin": margin, "penalty": penalty, "spatial": spatial, "temporal": temporal}
             return fused_relation_loss(student_BND, teacher, frame_N, weight_BN, **options)
         coefficients = _coefficients(student_BND, frame_N, weight_BN, spatial, temporal)
