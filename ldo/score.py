@@ -75,10 +75,10 @@ def _score(arguments: argparse.Namespace, videos: list[Path], settings: ScoreSet
             file=sys.stderr,
         )
     transformers.utils.logging.disable_progress_bar()
-    world_model = WorldModel.load(settings.world_model, getattr(torch, settings.dtype)).to(device)
-    # Again with the loaded model: a Hub model's configuration may not have been at hand before.
-    check_windows(settings.critic, world_model.tubelet, world_model.frames)
     try:
+        world_model = WorldModel.load(settings.world_model, getattr(torch, settings.dtype)).to(device)
+        # Again with the loaded model: a Hub model's configuration may not have been at hand before.
+        check_windows(settings.critic, world_model.tubelet, world_model.frames)
         return score_videos(world_model, videos, Path(arguments.out), settings, arguments.batch, arguments.embed)
     except torch.OutOfMemoryError:
         raise RecipeError(

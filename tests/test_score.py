@@ -265,3 +265,12 @@ def test_find_takes_folders_files_and_patterns(folder):
 
     assert names(videos) == ["<i>empty.mp4", "a b#1.mp4", "b.mkv", "noise.avi", "short.mp4"]
     assert names(videos / "*.mp4", videos / "short.mp4") == ["<i>empty.mp4", "a b#1.mp4", "short.mp4"]
+
+
+def test_a_model_that_does_not_fit_is_one_line(folder, capsys, monkeypatch):
+    def too_large(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(WorldModel, "load", too_large)
+    assert score.main([str(folder / "v"), "--out", str(folder / "out")]) == 2
+    assert "ldo: the GPU's memory does not hold --batch 4 windows" in capsys.readouterr().err
