@@ -26,7 +26,8 @@ def file_lock(path: Path) -> Iterator[None]:
 
     Has no effect where a file system has no locks. RecipeError where the folder takes no files.
     """
-    lock = FileLock(path)
+    # its fallback, a file that is there while the lock is held, would outlive a killed process, and so block for ever
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # opened here first: a folder that takes no files is a mistake of the recipe, one without locks is not

@@ -1,8 +1,10 @@
 """The cache: names follow from content, entries are whole or absent, whatever kills or damages them."""
 
+import errno
 import multiprocessing
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -173,6 +175,18 @@ def hold(lock, held):
     with file_lock(lock):
         held.touch()
         time.sleep(100)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has locks everywhere")
+def test_lock_has_no_effect_where_a_file_system_has_none(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    # the second time the file of the first is there: it must not be taken for a lock that is held
+    for _ in range(2):
+        with file_lock(tmp_path / "lock"):
+            pass
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
