@@ -1,4 +1,4 @@
-"""Evaluation: the bootstrap's intervals, paired over prompts and seeds; what is sampled, and by whom."""
+"""Evaluation: the bootstrap's intervals, paired over prompts and seeds; what each arm samples, with which adapter."""
 
 import json
 
@@ -17,11 +17,11 @@ def records(violates, path=0.9, reward=0.1):
     """Two seeds a prompt."""
     return [
         {
-            "prompt": k // 2,
-            "seed": k % 2,
+            "prompt": index // 2,
+            "seed": index % 2,
             "text": "a red ball",
             "kind": "uniform",
-            "reward_skill": reward + 0.01 * k,
+            "reward_skill": reward + 0.01 * index,
             "reward_plain": -0.2,
             "existence": 1 - 0.1 * bad,
             "law_residual": 0.2 + bad,
@@ -30,7 +30,7 @@ def records(violates, path=0.9, reward=0.1):
             "path_length": path,
             "path_true": 1.0,
         }
-        for k, bad in enumerate(violates)
+        for index, bad in enumerate(violates)
     ]
 
 
@@ -62,21 +62,25 @@ def test_motion_ratio_is_a_ratio_of_sums():
     assert arm_statistics({"base": arm}, 2, 0)[0]["base"]["motion_ratio"]["mean"] == pytest.approx(1.0)
 
 
-def test_users_own_prompts_have_rewards_alone():
-    arm = [{"prompt": 0, "seed": s, "text": "x", "reward_skill": 0.1, "reward_plain": -0.1} for s in range(2)]
+def test_users_own_prompts_have_only_rewards():
+    arm = [{"prompt": 0, "seed": seed, "text": "x", "reward_skill": 0.1, "reward_plain": -0.1} for seed in range(2)]
     metrics, _ = arm_statistics({"base": arm}, 2, 0)
     assert set(metrics["base"]) == {"reward_skill", "reward_plain"}
 
 
 def test_every_arm_sees_the_same_prompts_and_seeds_and_its_own_adapter(open_run):
     run = open_run()
-    start = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) * 0.5 for k, v in run.fresh.items()}
+    start = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.5
+        for name, value in run.fresh.items()
+    }
     run.export("sft", lora.zeros(run.parameters))
     run.export("ldo", start)
     result = evaluate_arms(run.recipe, run.model_path, run.recipe.world_model.path, run.processes)
-    read = {a: json.loads((run.folder / "eval" / f"{a}.json").read_text()) for a in ("base", "sft", "ldo")}
-    assert read["base"] == read["sft"]  # an adapter of zeros is the base, to the last digit
-    jobs = {a: [(r["prompt"], r["seed"], r["text"]) for r in found["moving"]] for a, found in read.items()}
+    read = {arm: json.loads((run.folder / "eval" / f"{arm}.json").read_text()) for arm in ("base", "sft", "ldo")}
+    # an adapter of zeros is the base, to the last digit
+    assert read["base"] == read["sft"]
+    jobs = {arm: [(row["prompt"], row["seed"], row["text"]) for row in found["moving"]] for arm, found in read.items()}
     assert jobs["base"] == jobs["ldo"]
     assert read["base"]["moving"] != read["ldo"]["moving"]
     assert result["n_videos"] == {"base": 8, "sft": 8, "ldo": 8} and set(result["at_rest"]) == {"base", "sft", "ldo"}

@@ -54,20 +54,21 @@ def test_refuses_what_a_gpu_refuses(gpu):
 
 
 def test_allows_what_a_gpu_allows(gpu):
-    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    inputs = torch.ones(2, 3, device="cuda", requires_grad=True)
     layer = torch.nn.Linear(3, 3, device="cuda")
-    y = checkpoint(lambda x: layer(x).softmax(-1) * torch.tensor(2.0), x, use_reentrant=False)
-    (y[torch.tensor([1, 0])].quantile(0.5, dim=1).sum() + torch.zeros_like(y).sum()).backward()
-    assert x.grad.is_cuda and layer.weight.grad.is_cuda and x.grad.cpu().device.type == "cpu"
+    # scalars and indices may stay on the CPU
+    outputs = checkpoint(lambda rows: layer(rows).softmax(-1) * torch.tensor(2.0), inputs, use_reentrant=False)
+    (outputs[torch.tensor([1, 0])].quantile(0.5, dim=1).sum() + torch.zeros_like(outputs).sum()).backward()
+    assert inputs.grad.is_cuda and layer.weight.grad.is_cuda and inputs.grad.cpu().device.type == "cpu"
     torch.optim.AdamW(layer.parameters(), foreach=True).step()
     drawn = torch.randn(4, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     assert drawn.is_cuda and drawn.to("cpu", torch.bfloat16).device.type == "cpu" and torch.ones(4).copy_(drawn).is_cpu
 
 
 def test_moves_values_and_gradients_unchanged(gpu):
-    x = torch.randn(3, requires_grad=True)
-    (x.cuda().double().square().sum()).backward()
-    assert torch.equal(x.grad, 2 * x.detach())
+    inputs = torch.randn(3, requires_grad=True)
+    inputs.cuda().double().square().sum().backward()
+    assert torch.equal(inputs.grad, 2 * inputs.detach())
 
 
 # ---------------------------------------------------------------------------------------------- the trainer
@@ -76,16 +77,17 @@ def test_moves_values_and_gradients_unchanged(gpu):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_both_stages_keep_to_one_device(family, gpu, tmp_path, vjepa_folder, monkeypatch):
-    if family != "wan":  # one family through the interpreted Triton kernels is enough
-        for op in (relation, residual):
-            monkeypatch.setattr(op, "choose_triton", lambda name, impl, device, missing, forms, what: forms[-1])
+    # one family through the interpreted Triton kernels is enough: they take a while
+    if family != "wan":
+        for operation in (relation, residual):
+            monkeypatch.setattr(operation, "choose_triton", lambda name, impl, device, missing, forms, what: forms[-1])
     folder = models.FAMILIES[family](tmp_path / "model")
     recipe = read_recipe(recipes.write(tmp_path, folder, vjepa_folder, model__family=read_geometry(folder)[0], **ONE))
     here = load_run(validate(recipe), join_processes(recipe.device))
-    assert here.processes.device.type == "cuda" and all(
-        p.is_cuda for t in here.generator.transformers.values() for p in t.parameters()
-    )
+    assert here.processes.device.type == "cuda"
+    for transformer in here.generator.transformers.values():
+        assert all(parameter.is_cuda for parameter in transformer.parameters())
     train_align(here, "align")
-    assert all(v.is_cuda for v in train_reinforce(here).values())
+    assert all(value.is_cuda for value in train_reinforce(here).values())
     rows = [json.loads(line) for line in (here.folder / "reinforce.jsonl").read_text().splitlines()]
     assert rows[0]["ratio_off"] < 1e-3

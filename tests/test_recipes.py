@@ -13,9 +13,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 REAL = [path for path in RECIPES if not path.stem.startswith("sandbox")]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda file: file.stem)
 def test_it_is_sound(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # prompts are found beside the recipe
+    # prompts are found next to the recipe, not in the working directory
+    monkeypatch.chdir(tmp_path)
     checked = validate(read_recipe(path))
     assert checked.geometry is not None and checked.recipe.name == path.stem
     if path in REAL:

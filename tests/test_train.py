@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from ldo.core.step_log import read_steps
 from ldo.models.lora import read_lora
 from ldo.train import main
 from tests.helpers import recipes
@@ -41,17 +42,17 @@ def contents(folder):
     """What two runs must share: logs, adapters, gate, measurements."""
     report = json.loads((folder / "report.json").read_text())
     return {
-        **{n: (folder / f"{n}.jsonl").read_text() for n in ("sft", "align", "reinforce")},
-        **{str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("lora/*/*.safetensors"))},
+        **{stage: (folder / f"{stage}.jsonl").read_text() for stage in ("sft", "align", "reinforce")},
+        **{str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.glob("lora/*/*.safetensors"))},
         "gate": (folder / "gate.json").read_text(),
-        "eval": [(folder / "eval" / f"{a}.json").read_text() for a in ("base", "sft", "aligned", "ldo")],
+        "eval": [(folder / "eval" / f"{arm}.json").read_text() for arm in ("base", "sft", "aligned", "ldo")],
         "stages": report["stages"],
     }
 
 
 def test_a_run_leaves_report_and_loras(whole):
     report = json.loads((whole / "report.json").read_text())
-    assert [s["name"] for s in report["stages"]] == ["base", "sft", "aligned", "ldo"]
+    assert [arm["name"] for arm in report["stages"]] == ["base", "sft", "aligned", "ldo"]
     for stage in report["stages"]:
         assert stage["n_videos"] == 8
         assert set(stage["metrics"]) >= {
@@ -63,7 +64,7 @@ def test_a_run_leaves_report_and_loras(whole):
             "reward_skill",
             "reward_plain",
         }
-        assert all(m["low"] <= m["mean"] <= m["high"] for m in stage["metrics"].values())
+        assert all(metric["low"] <= metric["mean"] <= metric["high"] for metric in stage["metrics"].values())
     assert report["gate"]["passed"] is False and report["versions"]["torch"] and report["config"]["align"]["steps"] == 8
     page = (whole / "report.html").read_text()
     assert "Side by side" in page and "data:image/png" in page and "http" not in page.replace("http://www.w3.org", "")
@@ -112,13 +113,13 @@ def test_two_processes_train_what_one_does(whole, recipe):
     subprocess.run(command(recipe, *extra, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
     assert main([str(recipe), "name=alone", *extra[1:]]) == 0
     pair, alone = whole.with_name("pair"), whole.with_name("alone")
+    # the ranks' gradients are added in another order, so the two agree to rounding only
     for arm in ("sft", "aligned", "ldo"):
-        a, b, start = read_lora(pair / "lora" / arm), read_lora(alone / "lora" / arm), None
-        for key in a:
-            assert torch.allclose(a[key], b[key], atol=2e-4), (arm, key, start)
-    logs = [[json.loads(line) for line in (f / "sft.jsonl").read_text().splitlines()] for f in (pair, alone)]
-    for x, y in zip(*logs, strict=True):
-        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+        of_pair, of_one = read_lora(pair / "lora" / arm), read_lora(alone / "lora" / arm)
+        for name in of_pair:
+            assert torch.allclose(of_pair[name], of_one[name], atol=2e-4), (arm, name)
+    for row, expected in zip(read_steps(pair / "sft.jsonl"), read_steps(alone / "sft.jsonl"), strict=True):
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 def test_a_critic_that_fails_the_gate_stops_the_run(recipe, capsys):

@@ -22,12 +22,12 @@ def test_loss_falls_and_the_adapter_is_exported(open_run):
     run = open_run(align__steps=12)
     values = train_align(run, "align")
     rows = read_steps(run.folder / "align.jsonl")
-    assert [r["step"] for r in rows] == list(range(12))
-    held = [r["held_out_pda"] for r in rows if "held_out_pda" in r]
-    assert len(held) == 6 and held[-1] < held[0]
+    assert [row["step"] for row in rows] == list(range(12))
+    held_out = [row["held_out_pda"] for row in rows if "held_out_pda" in row]
+    assert len(held_out) == 6 and held_out[-1] < held_out[0]
     exported = read_lora(run.lora_folder("aligned"))
-    assert all(torch.equal(exported[k], v) for k, v in values.items())
-    assert any((v != run.fresh[k]).any() for k, v in values.items())
+    assert all(torch.equal(exported[name], value) for name, value in values.items())
+    assert any((value != run.fresh[name]).any() for name, value in values.items())
 
 
 def test_control_sees_the_same_batches_without_the_teacher(open_run):
@@ -35,9 +35,10 @@ def test_control_sees_the_same_batches_without_the_teacher(open_run):
     train_align(run, "sft")
     train_align(run, "align")
     sft, aligned = read_steps(run.folder / "sft.jsonl"), read_steps(run.folder / "align.jsonl")
-    assert sft[0]["flow_loss"] == aligned[0]["flow_loss"]  # the same clips, noise and times from the same adapter
+    # the same clips, noise and times from the same adapter
+    assert sft[0]["flow_loss"] == aligned[0]["flow_loss"]
     assert sft[-1]["flow_loss"] != aligned[-1]["flow_loss"]
-    assert all(r["pda_loss"] == 0 for r in sft) and all(r["pda_loss"] > 0 for r in aligned)
+    assert all(row["pda_loss"] == 0 for row in sft) and all(row["pda_loss"] > 0 for row in aligned)
 
 
 @pytest.mark.parametrize("projector", ["none", "mlp"])
@@ -48,11 +49,12 @@ def test_resume_is_bitwise(open_run, projector):
     shutil.rmtree(whole.folder)
 
     first = open_run(teacher__projector=projector)
-    with interrupted(align, "optimizer_step", 6):  # after step 5: one step past the checkpoint at 4
+    # after step 5: one step past the checkpoint at 4
+    with interrupted(align, "optimizer_step", 6):
         train_align(first, "align")
     assert load_checkpoint(first.checkpoint("align"))["step"] == 4
     found = train_align(open_run(teacher__projector=projector), "align")
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (whole.folder / "align.jsonl").read_text() == log
 
 
@@ -62,31 +64,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_its_state(open_ru
     before = load_checkpoint(run.checkpoint("sft"))
     shutil.rmtree(run.folder / "checkpoints")
     clips = prepare_clips(run)
-    spoilt = lambda rows: {k: v * float("nan") if k == "latents" else v for k, v in clips.read(rows).items()}  # noqa: E731
+
+    def spoilt(rows):
+        values = clips.read(rows)
+        return values | {"latents": values["latents"] * float("nan")}
+
     run.prepared = dataclasses.replace(clips, read=spoilt)
     with pytest.raises(TrainingError, match=r"not finite at sft step 0, clips \["):
         train_align(run, "sft")
-    assert all(torch.isfinite(p).all() for p in run.parameters.values())
+    assert all(torch.isfinite(parameter).all() for parameter in run.parameters.values())
     assert before["step"] == 6 and not run.checkpoint("sft").exists()
 
 
 def test_held_out_clips_are_never_trained_on(open_run, monkeypatch):
     run = open_run()
     seen = set()
-    losses = clip_losses
 
-    def spy(run, aligner, clips, rows, noise, t_B):
+    def spy(run, aligner, clips, rows, noise, times_B):
         if torch.is_grad_enabled():
             seen.update(rows.tolist())
-        return losses(run, aligner, clips, rows, noise, t_B)
+        return clip_losses(run, aligner, clips, rows, noise, times_B)
 
     monkeypatch.setattr(align, "clip_losses", spy)
     train_align(run, "sft")
-    assert seen and max(seen) < 14  # of 16 clips the last two are held out
+    # of 16 clips the last two are held out
+    assert seen and max(seen) < 14
 
 
 def test_block_is_a_share_of_depth(open_run):
-    assert [align.block_index(open_run(teacher__block=b)) for b in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 1, 1]
+    assert [align.block_index(open_run(teacher__block=share)) for share in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 1, 1]
 
 
 def test_micro_batches_add_up_to_the_step(open_run):
@@ -95,16 +101,16 @@ def test_micro_batches_add_up_to_the_step(open_run):
     shutil.rmtree(open_run().folder)
     parts = train_align(open_run(align__micro_batch=1), "sft")
     assert align.micro_batches([5, 6, 7, 8, 9], 2) == [[5, 6], [7, 8], [9]]
-    assert all(torch.allclose(parts[k], v, atol=1e-4) for k, v in whole.items())
-    assert any(not torch.equal(v, open_run().fresh[k]) for k, v in whole.items())
+    assert all(torch.allclose(parts[name], value, atol=1e-4) for name, value in whole.items())
+    assert any(not torch.equal(value, open_run().fresh[name]) for name, value in whole.items())
 
 
 def test_self_mode_trains_on_the_models_own_videos(open_run):
     run = open_run(data__source="self", data__clips=20)
     train_align(run, "align")
     lines = [json.loads(line) for line in (run.folder / "self" / "metadata.jsonl").read_text().splitlines()]
-    assert [line["file_name"] for line in lines] == [f"{i:05d}.mp4" for i in range(20)]
-    assert [line["text"] for line in lines] == [run.prompts[i % 8].text for i in range(20)]
+    assert [line["file_name"] for line in lines] == [f"{index:05d}.mp4" for index in range(20)]
+    assert [line["text"] for line in lines] == [run.prompts[index % 8].text for index in range(20)]
     assert len(prepare_clips(run)) == 20
     frames = run.frames_of(run_clips := sample_own_clips(run))
     assert len(run_clips) == 20 and frames.shape == (20, 17, 3, 32, 32)

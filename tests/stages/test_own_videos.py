@@ -1,7 +1,4 @@
-"""A folder of ordinary files, of mixed sizes, rates and lengths, some broken.
-
-Stage 1 from the command line to the adapter.
-"""
+"""Stage 1 on a folder of ordinary files, of mixed sizes, rates and lengths, some broken."""
 
 import json
 import os
@@ -37,12 +34,12 @@ BROKEN = ("cut.mp4", "empty.mp4", "hole.avi", "nothing.mp4", "short.mp4", "small
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Films of every kind with a caption beside each."""
-    path = tmp_path_factory.mktemp("films")
+    """Videos of every kind with a caption next to each."""
+    path = tmp_path_factory.mktemp("videos")
     encode(path / "camera.mp4", ramp(72, 48, 64), fps=24)
     encode(path / "web.webm", ramp(25, 49, 71), fps=10, codec="libvpx-vp9")
     encode(path / "phone.mp4", ramp(60, 32, 48), fps=24, turn=-90)
-    encode(path / "screen.mkv", ramp(40, 64, 64), times=[60 * k + 25 * (k % 3) for k in range(40)])
+    encode(path / "screen.mkv", ramp(40, 64, 64), times=[60 * number + 25 * (number % 3) for number in range(40)])
     encode(path / "long.mp4", ramp(120, 36, 36), fps=12)
     encode(path / "anamorphic.mp4", ramp(40, 48, 48), fps=16, pixel=Fraction(4, 3))
     encode(path / "old.avi", ramp(30, 32, 48), fps=12, codec="mpeg4")
@@ -54,9 +51,9 @@ def folder(tmp_path_factory):
     encode(path / "short.mp4", ramp(20, 32, 32), fps=24)
     encode(path / "small.mp4", ramp(60, 16, 24), fps=24)
     sound_only(path / "sound.mp4")
-    (path / "text.mp4").write_text("no film\n" * 50)
-    for film in list(path.iterdir()):
-        film.with_suffix(".txt").write_text(f"a red ball rolls {len(film.stem)}")
+    (path / "text.mp4").write_text("no video\n" * 50)
+    for video in list(path.iterdir()):
+        video.with_suffix(".txt").write_text(f"a red ball rolls {len(video.stem)}")
     return path
 
 
@@ -82,19 +79,19 @@ def open_own(recipe):
 
 def test_the_first_bad_clip_is_told_and_all_are_listed(recipe, capsys, tmp_path):
     assert main([str(recipe(data__bad_clips="error"))]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ldo:")]
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("ldo:")]
     assert "cut.mp4: it cannot be decoded" in line and "(and 7 more)" in line and "data.bad_clips=skip" in line
     report = tmp_path / "runs" / "small" / "clips-report.jsonl"
     assert str(report) in line
-    rows = [json.loads(row) for row in report.read_text().splitlines()]
-    assert tuple(os.path.basename(r["file"]) for r in rows if "bad" in r) == BROKEN and len(rows) == 16
-    reasons = {os.path.basename(r["file"]): r["bad"] for r in rows if "bad" in r}
+    rows = [json.loads(text) for text in report.read_text().splitlines()]
+    reasons = {os.path.basename(row["file"]): row["bad"] for row in rows if "bad" in row}
+    assert tuple(reasons) == BROKEN and len(rows) == 16
     assert "it is empty" in reasons["empty.mp4"] and "7 frames at 8 fps and 17 are needed" in reasons["short.mp4"]
     assert "its 24 x 16 pixels are too few" in reasons["small.mp4"] and "no video stream" in reasons["sound.mp4"]
 
 
 def test_clips_fall_into_buckets(open_own):
-    found = {c.path.name: (c.size, c.windows) for c in open_own(data__windows="all").clips}
+    found = {clip.path.name: (clip.size, clip.windows) for clip in open_own(data__windows="all").clips}
     assert found == {
         "anamorphic.mp4": ((17, 32, 48), 1),
         "camera.mp4": ((17, 32, 48), 1),
@@ -111,7 +108,7 @@ def test_it_trains_and_resumes_bitwise(open_own, tmp_path):
     whole = open_own()
     expected = train_align(whole, "align")
     rows = read_steps(whole.folder / "align.jsonl")
-    assert [r["step"] for r in rows] == list(range(6)) and all(r["pda_loss"] > 0 for r in rows)
+    assert [row["step"] for row in rows] == list(range(6)) and all(row["pda_loss"] > 0 for row in rows)
     text = (whole.folder / "align.jsonl").read_text()
     shutil.rmtree(whole.folder)
 
@@ -120,20 +117,21 @@ def test_it_trains_and_resumes_bitwise(open_own, tmp_path):
     again = open_own()
     assert load_checkpoint(again.checkpoint("align"))["step"] == 4
     lost, damaged = sorted(again.recipe.cache.glob("latents/*/*"))[:2]
-    lost.unlink()  # what is lost or damaged meanwhile is made again, with the same bits
+    # what is lost or damaged meanwhile is made again, with the same bits
+    lost.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-9])
     found = train_align(again, "align")
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (whole.folder / "align.jsonl").read_text() == text
 
 
-def test_a_run_goes_on_with_its_own_clips_alone(open_own, folder, tmp_path):
-    own = tmp_path / "copy"
-    shutil.copytree(folder, own)
-    train_align(open_own(data__videos=str(own), align__steps=2), "align")
-    encode(own / "square.mp4", shake(35, 64), fps=16)
+def test_a_run_continues_only_with_its_own_clips(open_own, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    train_align(open_own(data__videos=str(copy), align__steps=2), "align")
+    encode(copy / "square.mp4", shake(35, 64), fps=16)
     with pytest.raises(TrainingError, match=r"the clips of data\.videos are not those that .* began with"):
-        prepare_clips(open_own(data__videos=str(own), align__steps=4))
+        prepare_clips(open_own(data__videos=str(copy), align__steps=4))
 
 
 def test_the_second_start_encodes_nothing(open_own, monkeypatch):
@@ -146,9 +144,9 @@ def test_the_second_start_encodes_nothing(open_own, monkeypatch):
     second = prepare_clips(again)
     assert len(second) == len(first) == 9
     again.texts(first.prompts)
-    for size in range(9):
-        a, b = first.read(torch.tensor([size])), second.read(torch.tensor([size]))
-        assert all(torch.equal(a[k], b[k]) for k in a)
+    for index in range(9):
+        encoded, read_again = first.read(torch.tensor([index])), second.read(torch.tensor([index]))
+        assert all(torch.equal(encoded[name], read_again[name]) for name in encoded)
 
 
 @pytest.mark.parametrize("change", ["code", "teacher", "frames"])
@@ -171,14 +169,14 @@ def test_what_changes_is_encoded_again(open_own, monkeypatch, change):
 
 
 def test_a_clip_lost_after_the_probe(open_own, folder, tmp_path, caplog):
-    own = tmp_path / "copy"
-    shutil.copytree(folder, own)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
     for policy in ("error", "skip"):
         for bad in BROKEN:
-            (own / bad).unlink(missing_ok=True)
-            (own / bad).with_suffix(".txt").unlink(missing_ok=True)
-        session = open_own(data__videos=str(own), data__bad_clips=policy, name=policy)
-        (own / "camera.mp4").rename(own / "away")
+            (copy / bad).unlink(missing_ok=True)
+            (copy / bad).with_suffix(".txt").unlink(missing_ok=True)
+        session = open_own(data__videos=str(copy), data__bad_clips=policy, name=policy)
+        (copy / "camera.mp4").rename(copy / "away")
         if policy == "error":
             with pytest.raises(
                 TrainingError, match=r"1 of 8 clips can no longer be read, first .*camera\.mp4: .*; fix them"
@@ -186,18 +184,20 @@ def test_a_clip_lost_after_the_probe(open_own, folder, tmp_path, caplog):
                 prepare_clips(session)
         else:
             clips = prepare_clips(session)
-            assert len(clips) == 7 and "camera.mp4" not in {f.name for f in clips.files}
+            assert len(clips) == 7 and "camera.mp4" not in {file.name for file in clips.files}
             assert "1 of 8 clips can no longer be read" in caplog.text
             assert "camera.mp4" in (session.folder / "clips-lost.jsonl").read_text()
-        (own / "away").rename(own / "camera.mp4")
-    again = prepare_clips(open_own(data__videos=str(own), data__bad_clips="skip", name="skip"))
-    assert again.files == clips.files  # the run goes on as it began, though the file is back
+        (copy / "away").rename(copy / "camera.mp4")
+    again = prepare_clips(open_own(data__videos=str(copy), data__bad_clips="skip", name="skip"))
+    # the run continues as it began, though the file is back
+    assert again.files == clips.files
 
 
 def test_held_out_files_are_not_trained_on(open_own):
     clips = EncodedClips(list("abcdefghijklmnop"), [(17, 32, 32)] * 16, [*"aabbccddeefffggg"], dict)
     train, held = clips.split()
-    assert (train, held) == ([list(range(13))], [[13, 14, 15]])  # 14 would part the windows of g
+    # the last eighth, from 14 on, would part the windows of file g
+    assert (train, held) == ([list(range(13))], [[13, 14, 15]])
     assert EncodedClips(["x"] * 16, [(1, 1, 1)] * 16, ["a"] * 16, dict).split() == ([list(range(14))], [[14, 15]])
 
 
@@ -211,11 +211,19 @@ def test_two_processes_train_what_one_does(recipe, tmp_path):
         rank.join(300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert main([str(path), "name=alone", f"data.cache={tmp_path / 'alone'}"]) == 0
-    entries = [{p.name: read_entry(p) for p in (tmp_path / n).glob("*/*/*.safetensors")} for n in ("pair", "alone")]
-    assert entries[0].keys() == entries[1].keys() and len(entries[0]) >= 16
-    for name, entry in entries[0].items():
-        assert all(torch.equal(v, entries[1][name][k]) for k, v in entry.items())  # whichever rank made it
-    a, b = (read_lora(tmp_path / "runs" / n / "lora" / "aligned") for n in ("pair", "alone"))
-    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in b)
-    logs = [read_steps(tmp_path / "runs" / n / "align.jsonl") for n in ("pair", "alone")]
-    assert [r["grad_norm"] for r in logs[0]] == pytest.approx([r["grad_norm"] for r in logs[1]], rel=1e-4)
+
+    def entries(name):
+        return {path.name: read_entry(path) for path in (tmp_path / name).glob("*/*/*.safetensors")}
+
+    def gradient_norms(name):
+        return [row["grad_norm"] for row in read_steps(tmp_path / "runs" / name / "align.jsonl")]
+
+    of_pair, of_one = entries("pair"), entries("alone")
+    assert of_pair.keys() == of_one.keys() and len(of_pair) >= 16
+    # the same bits, whichever rank made an entry
+    for name, entry in of_pair.items():
+        assert all(torch.equal(value, of_one[name][key]) for key, value in entry.items())
+    # the ranks' gradients are added in another order, so training agrees to rounding only
+    of_pair, of_one = (read_lora(tmp_path / "runs" / name / "lora" / "aligned") for name in ("pair", "alone"))
+    assert all(torch.allclose(of_pair[name], of_one[name], atol=2e-4) for name in of_one)
+    assert gradient_norms("pair") == pytest.approx(gradient_norms("alone"), rel=1e-4)

@@ -33,8 +33,8 @@ def test_every_sampler_and_objective_trains(open_run, objective, sampler):
     run = open_run(**ONLY, rl__sampler=sampler, rl__objective=objective, rl__eta=0.6, rl__updates=2, **PAIRS)
     values = train_reinforce(run)
     rows = read_steps(run.folder / "reinforce.jsonl")
-    assert len(rows) == 2 and all(r["grad_norm"] > 0 for r in rows)
-    assert any((v != run.fresh[k]).any() for k, v in values.items())
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
+    assert any((value != run.fresh[name]).any() for name, value in values.items())
 
 
 @pytest.mark.parametrize("guard", [False, True])
@@ -42,10 +42,10 @@ def test_ratio_is_one_before_the_first_update_and_not_after(open_run, guard):
     run = open_run(**ONLY, rl__guard=guard)
     rollout, _ = collect_rollout(run, 0, run.fresh)
     ratios = [loss.ratio for loss in micro_losses(run, rollout, rollout.groups, 0, Policies(None, run.fresh))]
-    assert len(ratios) == 4 and all((r == 1).all() for r in ratios)
+    assert len(ratios) == 4 and all((ratio == 1).all() for ratio in ratios)
     with torch.no_grad():
-        for p in run.parameters.values():
-            p.add_(0.05)
+        for parameter in run.parameters.values():
+            parameter.add_(0.05)
     assert all(
         (loss.ratio != 1).any() for loss in micro_losses(run, rollout, rollout.groups, 0, Policies(None, run.fresh))
     )
@@ -84,8 +84,8 @@ def test_reward_that_can_be_learnt_is_learnt(open_run, monkeypatch):
 def test_divergence_is_logged_and_grows_from_zero(open_run):
     run = open_run(**ONLY, rl__updates=3)
     train_reinforce(run)
-    kl = [r["kl"] for r in read_steps(run.folder / "reinforce.jsonl")]
-    assert kl[0] < kl[-1]
+    divergences = [row["kl"] for row in read_steps(run.folder / "reinforce.jsonl")]
+    assert divergences[0] < divergences[-1]
 
 
 @pytest.mark.parametrize("objective, projector", [("grpo", "none"), ("grpo", "mlp"), ("nft", "none")])
@@ -100,27 +100,31 @@ def test_resume_is_bitwise(open_run, objective, projector):
     changes |= {"teacher__projector": projector, **PAIRS}
     whole = open_run(**changes)
     train_align(whole, "align")
-    kept = whole.checkpoint("align").read_bytes()
+    checkpoint = whole.checkpoint("align").read_bytes()
     expected = train_reinforce(whole)
     log = (whole.folder / "reinforce.jsonl").read_text()
     shutil.rmtree(whole.folder)
     whole.checkpoint("align").parent.mkdir(parents=True)
-    whole.checkpoint("align").write_bytes(kept)
+    whole.checkpoint("align").write_bytes(checkpoint)
 
-    with interrupted(reinforce, "learn_from_rollout", 4):  # in update 3, past the checkpoint at 2
+    # in update 3, past the checkpoint at 2
+    with interrupted(reinforce, "learn_from_rollout", 4):
         train_reinforce(open_run(**changes))
     found = train_reinforce(open_run(**changes))
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (whole.folder / "reinforce.jsonl").read_text() == log
 
 
-def test_goes_on_from_stage_one_and_needs_it(open_run):
+def test_continues_from_stage_one_and_needs_it(open_run):
     run = open_run()
     with pytest.raises(TrainingError, match="stage 2 needs"):
         finished_align_state(run)
     aligned = train_align(run, "align")
     restore_values(run.parameters, run.fresh)
-    assert all(torch.equal(v, aligned[k]) for k, v in reinforce.start_values(run, finished_align_state(run)).items())
+    assert all(
+        torch.equal(value, aligned[name])
+        for name, value in reinforce.start_values(run, finished_align_state(run)).items()
+    )
     alone = open_run(**ONLY)
     assert reinforce.start_values(alone, finished_align_state(alone)) is alone.fresh
 
@@ -130,55 +134,59 @@ def test_projector_is_stage_ones_and_stays_as_it_was(open_run, monkeypatch):
     fresh = make_alignment(run).state_dict()
     train_align(run, "align")
     trained = load_checkpoint(run.checkpoint("align"))["aligner"]
-    assert fresh.keys() == trained.keys() and all((fresh[k] != v).any() for k, v in trained.items())
+    assert fresh.keys() == trained.keys() and all((fresh[name] != value).any() for name, value in trained.items())
 
-    used, losses = [], clip_losses
+    used = []
 
     def watched(run, aligner, *rest):
-        used.append((aligner, {k: v.clone() for k, v in aligner.state_dict().items()}))
-        return losses(run, aligner, *rest)
+        used.append((aligner, {name: value.clone() for name, value in aligner.state_dict().items()}))
+        return clip_losses(run, aligner, *rest)
 
     monkeypatch.setattr(align, "clip_losses", watched)
     train_reinforce(run)
-    assert len(used) == 4 and len({id(aligner) for aligner, _ in used}) == 1  # built once, for two updates of two steps
-    used.append((used[0][0], used[0][0].state_dict()))  # after the last step
-    assert all(torch.equal(values[k], v) for _, values in used for k, v in trained.items())
-    assert not any(p.requires_grad or p.grad is not None for p in used[0][0].parameters())
+    # built once, for two updates of two steps
+    assert len(used) == 4 and len({id(aligner) for aligner, _ in used}) == 1
+    # after the last step
+    used.append((used[0][0], used[0][0].state_dict()))
+    assert all(torch.equal(values[name], value) for _, values in used for name, value in trained.items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in used[0][0].parameters())
 
 
 @pytest.mark.parametrize("weights, teaches", [({"rl__align_weight": 0.1}, True), ({"rl__flow_weight": 0.1}, False)])
 def test_the_teacher_is_asked_only_where_it_weighs(open_run, monkeypatch, weights, teaches):
     run = open_run(**ONLY, **weights, rl__updates=1)
-    seen, losses = [], clip_losses
+    seen = []
     monkeypatch.setattr(
         align,
         "clip_losses",
-        lambda run, aligner, *rest: seen.append(aligner is not None) or losses(run, aligner, *rest),
+        lambda run, aligner, *rest: seen.append(aligner is not None) or clip_losses(run, aligner, *rest),
     )
     train_reinforce(run)
     assert seen == [teaches] * 2
 
 
+def gradients_of(parameters):
+    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+
+
 @pytest.mark.parametrize("objective", ["grpo", "nft", "awm"])
 def test_micro_batches_change_no_update_but_by_rounding(open_run, objective):
-    """Half a group a forward pass: same rollouts, advantages, gradients, and a ratio of 1, which ``learn`` asserts."""
-    figures, gradients = [], []
-    for micro in (0, 2):
-        run = open_run(**ONLY, rl__objective=objective, rl__micro_batch=micro, rl__updates=1, rl__minibatches=1)
+    """Half a group a forward pass: the same rollouts, advantages and gradients, and a ratio of 1, which is asserted."""
+    rewards, gradients = [], []
+    for micro_size in (0, 2):
+        run = open_run(**ONLY, rl__objective=objective, rl__micro_batch=micro_size, rl__updates=1, rl__minibatches=1)
         seen = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 reinforce,
                 "optimizer_step",
-                lambda _o, trained, *_, seen=seen: (
-                    seen.append([p.grad.clone() for p in trained if p.grad is not None]) or 0.0
-                ),
+                lambda _optimizer, trained, *_, seen=seen: seen.append(gradients_of(trained)) or 0.0,
             )
-            rollout, found = collect_rollout(run, 0, run.fresh)
+            rollout, metrics = collect_rollout(run, 0, run.fresh)
             learn_from_rollout(run, rollout, 0, torch.optim.SGD(list(run.parameters.values()), 0.1), run.fresh)
-        figures.append(found["reward"])
-        gradients.append(torch.cat([g.flatten() for g in seen[0]]))
-    assert figures[0] == pytest.approx(figures[1], abs=1e-5) and gradients[0].norm() > 0
+        rewards.append(metrics["reward"])
+        gradients.append(torch.cat([gradient.flatten() for gradient in seen[0]]))
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5) and gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
 
 
@@ -192,26 +200,27 @@ def test_guidance_and_unshared_noise(open_run):
     assert not torch.equal(rollout.trajectory.final_N[0], rollout.trajectory.final_N[1])
 
 
-@pytest.mark.parametrize("micro", [0, 2])
-def test_judging_group_by_group_is_judging_all(open_run, monkeypatch, micro):
+@pytest.mark.parametrize("micro_size", [0, 2])
+def test_judging_group_by_group_is_judging_all(open_run, monkeypatch, micro_size):
     """The same bits as from all videos at once, none of which outlives its group."""
-    run = open_run(**ONLY, rl__prompts=4, rl__minibatches=2, rl__micro_batch=micro)
-    shape, together = video_latent_shape(run), micro or 4
-    final, quiet = (torch.randn(n, *shape, generator=torch.Generator().manual_seed(n)) for n in (16, 4))
-    frames = decode_videos(run.generator, final, micro or 4)
+    run = open_run(**ONLY, rl__prompts=4, rl__minibatches=2, rl__micro_batch=micro_size)
+    shape, together = video_latent_shape(run), micro_size or 4
+    final, quiet = (torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)) for count in (16, 4))
+    frames = decode_videos(run.generator, final, micro_size or 4)
     before = decode_videos(run.generator, quiet, together).repeat_interleave(4, 0)
     scores = [
-        score_clips(run.world_model, part, run.recipe.critic, run.recipe.data.fps) for part in frames.split(micro or 4)
+        score_clips(run.world_model, part, run.recipe.critic, run.recipe.data.fps)
+        for part in frames.split(micro_size or 4)
     ]
     penalties = guard_penalties(frames, before, run.recipe.critic)
 
     made, alive = [], []
 
     def watched(*args):
-        alive.append([len(v()) for v in made if v() is not None])
-        found = decode_videos(*args)
-        made.append(weakref.ref(found))
-        return found
+        alive.append([len(videos()) for videos in made if videos() is not None])
+        videos = decode_videos(*args)
+        made.append(weakref.ref(videos))
+        return videos
 
     monkeypatch.setattr(collect, "decode_videos", watched)
     exact = [exact_metrics(line.text, line.extra) for line in run.prompts[:4]]
@@ -224,31 +233,31 @@ def test_judging_group_by_group_is_judging_all(open_run, monkeypatch, micro):
     assert judged.violations == [exact[index // 4].violates(video.numpy()) for index, video in enumerate(frames)]
     assert len(made) == 4 + 4 // together
     # at each decoding only references live
-    assert all(set(n) <= {together} and len(n) <= 1 for n in alive)
+    assert all(set(lengths) <= {together} and len(lengths) <= 1 for lengths in alive)
     assert judge_videos(run, final, quiet, together, []).violations == []
 
 
 def test_a_group_without_variance_is_dropped_and_counted(open_run, monkeypatch):
-    def even(judge, frames, config, fps=0.0):
-        value = (
-            torch.ones(len(frames))
-            if len(calls) % 2
-            else torch.rand(len(frames), generator=torch.Generator().manual_seed(len(calls)))
-        )
+    calls = []
+
+    def every_second_even(judge, frames, config, fps=0.0):
+        value = torch.rand(len(frames), generator=torch.Generator().manual_seed(len(calls)))
+        if len(calls) % 2:
+            value = torch.ones(len(frames))
         calls.append(1)
         return critic.Score(value, value, value)
 
-    calls = []
-    monkeypatch.setattr(collect, "score_clips", even)
+    monkeypatch.setattr(collect, "score_clips", every_second_even)
     run = open_run(**ONLY, critic__motion_weight=0.0, critic__sharpness_weight=0.0)
-    rollout, figures = collect_rollout(run, 0, run.fresh)
-    assert figures["zero_variance_groups"] == 1
+    rollout, metrics = collect_rollout(run, 0, run.fresh)
+    assert metrics["zero_variance_groups"] == 1
     assert (rollout.advantage_N[4:] == 0).all() and (rollout.advantage_N[:4] != 0).all()
     assert len(list(micro_losses(run, rollout, rollout.groups, 0, Policies(None, run.fresh)))) == 2
 
 
 def test_stops_when_motion_dies(open_run, monkeypatch, capsys):
-    turn = iter(range(10**6))  # the guard, then the ratio; each of the rollout's videos, then of the reference's
+    # asked by the guard, then for the ratio; each time for the rollout's videos, then for the reference's
+    turn = iter(range(10**6))
     for module in (guards_of, collect):
         monkeypatch.setattr(module, "motion", lambda frames: torch.full((len(frames),), 1.0 if next(turn) % 2 else 0.1))
     run = open_run(**ONLY, **PAIRS, rl__updates=20)
@@ -264,6 +273,6 @@ def test_export_is_the_average(open_run):
     run = open_run(**ONLY, rl__updates=2, rl__ema=0.5, rl__ema_every=1)
     values = train_reinforce(run)
     last = load_checkpoint(run.checkpoint("reinforce"))["lora"]
-    name = max(last, key=lambda k: float((last[k] - run.fresh[k]).abs().max()))
+    name = max(last, key=lambda key: float((last[key] - run.fresh[key]).abs().max()))
     assert not torch.equal(values[name], last[name]) and not torch.equal(values[name], run.fresh[name])
     assert torch.equal(read_lora(run.lora_folder("ldo"))[name], values[name])
