@@ -3,11 +3,11 @@
 import torch
 
 
-def draw(sizes, r=2, dtype=torch.float32, device="cpu", shuffle=False, seed=0):
+def draw(sizes, kinds=2, dtype=torch.float32, device="cpu", shuffle=False, seed=0):
     """Rewards [N, r] and ids [N] of groups of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 3, torch.tensor(sizes))
-    rewards = (torch.randn(len(ids), r, generator=generator, dtype=torch.float64) * 3 + 2).to(dtype)
+    rewards = (torch.randn(len(ids), kinds, generator=generator, dtype=torch.float64) * 3 + 2).to(dtype)
     if shuffle:
         order = torch.randperm(len(ids), generator=generator)
         ids, rewards = ids[order], rewards[order]

@@ -19,7 +19,9 @@ POINTERS = dataclasses.replace(relation_plan.ON_CPU, use_tma=False, slices=1)
 def inputs(*shape, dtype=torch.float32, options=True, **keywords):
     """``relations.inputs`` of shape B, N, D, E on the device; without ``options`` there are no keywords."""
     clips, tokens, width, teacher_width = shape
-    student, teacher, named = relations.inputs(clips, tokens, d=width, e=teacher_width, dtype=dtype, **keywords)
+    student, teacher, named = relations.inputs(
+        clips, tokens, width=width, teacher_width=teacher_width, dtype=dtype, **keywords
+    )
     named = {name: value.to(DEVICE) for name, value in named.items()} if options else {}
     return student.to(DEVICE), teacher.to(DEVICE), named
 

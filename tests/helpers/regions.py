@@ -10,7 +10,7 @@ AUTOCAST = [("forward",), ("forward", "backward"), ("backward",)]
 
 
 def value_and_gradient(
-    function: Callable[[Tensor], Tensor], x: Tensor, inside: tuple[str, ...] = ()
+    function: Callable[[Tensor], Tensor], argument: Tensor, inside: tuple[str, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """``function(x)`` and its gradient, for an upstream from 1 to 2.
 
@@ -18,20 +18,22 @@ def value_and_gradient(
     """
 
     def region(name: str) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=name in inside)
+        return torch.autocast(argument.device.type, torch.bfloat16, enabled=name in inside)
 
-    x = x.detach().clone().requires_grad_()
+    argument = argument.detach().clone().requires_grad_()
     with region("forward"):
-        out = function(x)
+        out = function(argument)
     upstream = torch.linspace(1, 2, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     with region("backward"):
         out.backward(upstream)
-    return out.detach(), x.grad
+    return out.detach(), argument.grad
 
 
-def assert_same(function: Callable[[Tensor], Tensor], x: Tensor, inside: tuple[str, ...]) -> None:
+def assert_same(function: Callable[[Tensor], Tensor], argument: Tensor, inside: tuple[str, ...]) -> None:
     """Assert that the region changes no bit and no dtype of ``function``'s value and gradient, which is not all 0."""
-    expected, found = value_and_gradient(function, x), value_and_gradient(function, x, inside)
-    for name, a, b in zip(("value", "gradient"), found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b), f"{name}: largest difference {float((a - b).abs().max()):.2e}"
+    expected, found = value_and_gradient(function, argument), value_and_gradient(function, argument, inside)
+    for name, ours, theirs in zip(("value", "gradient"), found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (
+            f"{name}: largest difference {float((ours - theirs).abs().max()):.2e}"
+        )
     assert expected[1].any()

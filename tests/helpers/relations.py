@@ -2,28 +2,39 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldo.ops import relation_loss
 
+# Over all pairs alike, so that the loss has a closed form: no pair need be visited.
+SQUARES = {"penalty": "squared", "margin": 0.0}
+
 
 def inputs(
-    b: int, n: int, *, d: int = 10, e: int = 7, frames: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0
+    clips: int,
+    tokens: int,
+    *,
+    width: int = 10,
+    teacher_width: int = 7,
+    frames: int = 3,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ):
     """Student [b, n, d], teacher [b, n, e] and keywords for every option; some of the weights are 0."""
     generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(b, n, d, generator=generator, dtype=torch.float64).to(dtype)
-    teacher = torch.randn(b, n, e, generator=generator, dtype=torch.float64).to(dtype)
-    frame = torch.randint(frames, (n,), generator=generator) * 5 - 4
-    weight = (torch.rand(b, n, generator=generator, dtype=torch.float64) * 1.4 - 0.4).clamp_min(0)
+    student = torch.randn(clips, tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+    teacher = torch.randn(clips, tokens, teacher_width, generator=generator, dtype=torch.float64).to(dtype)
+    frame = torch.randint(frames, (tokens,), generator=generator) * 5 - 4
+    weight = (torch.rand(clips, tokens, generator=generator, dtype=torch.float64) * 1.4 - 0.4).clamp_min(0)
     return student, teacher, {"frame_N": frame, "weight_BN": weight}
 
 
 def loss_and_gradient(student: Tensor, teacher: Tensor, upstream: float = 1.0, **options):
     """The relation loss and its gradient in the student, times ``upstream``."""
-    x = student.detach().clone().requires_grad_()
-    loss = relation_loss(x, teacher, **options)
+    leaf = student.detach().clone().requires_grad_()
+    loss = relation_loss(leaf, teacher, **options)
     (upstream * loss).backward()
-    return loss.detach(), x.grad
+    return loss.detach(), leaf.grad
 
 
 def plain(
@@ -31,25 +42,37 @@ def plain(
 ) -> Tensor:
     """The loss by dense arithmetic in the inputs' precision, as one would first write it."""
     unit_x, unit_y = (torch.nn.functional.normalize(features, dim=-1) for features in (student, teacher))
-    phi = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() - margin).clamp_min(0)
+    penalties = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() - margin).clamp_min(0)
     if penalty == "squared":
-        phi = phi.square()
+        penalties = penalties.square()
     elif penalty == "huber":
-        phi = torch.where(phi < 0.1, phi.square() / 0.2, phi - 0.05)
+        penalties = torch.where(penalties < 0.1, penalties.square() / 0.2, penalties - 0.05)
     tokens = student.shape[1]
     weight = torch.ones(len(student), tokens, device=student.device) if weight_BN is None else weight_BN.float()
     pairs = weight[:, :, None] + weight[:, None] - weight[:, :, None] * weight[:, None]
     if frame_N is None:
-        return ((pairs * phi).sum((1, 2)) / pairs.sum((1, 2))).mean()
+        return ((pairs * penalties).sum((1, 2)) / pairs.sum((1, 2))).mean()
     same = frame_N[:, None] == frame_N
     total = 0
     for of_class in (same, ~same):
         weights = pairs * of_class
-        per_clip = (weights * phi).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1e-30)
+        per_clip = (weights * penalties).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1e-30)
         total = total + 0.5 * per_clip.mean()
     return total
 
 
-def distance(a: Tensor, b: Tensor) -> float:
+def distance(found: Tensor, exact: Tensor) -> float:
     """The relative distance |a - b| / |b|."""
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out

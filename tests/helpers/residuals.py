@@ -12,28 +12,30 @@ NORMALISATIONS = [(True, True), (True, False), (False, True), (False, False)]
 def inputs(rows, features, dtype=torch.float32, seed=0):
     """Predicted and target [M, D], weights [M]."""
     generator = torch.Generator().manual_seed(seed)
-    z, h = (torch.randn(rows, features, generator=generator) * 2 + 0.5 for _ in range(2))
+    predicted, target = (torch.randn(rows, features, generator=generator) * 2 + 0.5 for _ in range(2))
     weights = torch.rand(rows, generator=generator) + 0.1
-    return z.to(DEVICE, dtype), h.to(DEVICE, dtype), weights.to(DEVICE)
+    return predicted.to(DEVICE, dtype), target.to(DEVICE, dtype), weights.to(DEVICE)
 
 
-def solve(impl, z, h, dtype=None, scale=1.0, **options):
+def solve(impl, predicted, target, dtype=None, scale=1.0, **options):
     """Means and gradient, for an upstream that differs between segments."""
-    z, h = (tensor.detach() if dtype is None else tensor.detach().to(dtype) for tensor in (z, h))
-    z.requires_grad_()
-    out = predictive_residual(z, h, impl=impl, **options)
+    predicted, target = (
+        tensor.detach() if dtype is None else tensor.detach().to(dtype) for tensor in (predicted, target)
+    )
+    predicted.requires_grad_()
+    out = predictive_residual(predicted, target, impl=impl, **options)
     upstream = scale * torch.linspace(0.5, 1.5, len(out), dtype=out.dtype, device=out.device)
-    (gradient,) = torch.autograd.grad(out, z, upstream)
+    (gradient,) = torch.autograd.grad(out, predicted, upstream)
     return out.detach(), gradient
 
 
-def assert_no_worse(z, h, factor=1.1, **options):
+def assert_no_worse(predicted, target, factor=1.1, **options):
     """Assert that the kernel's largest error is at most ``factor`` times the reference's in the same dtype.
 
     Eight fp32 roundings of the largest number are allowed on top.
     """
-    truth = solve("reference", z, h, torch.float64, **options)
-    theirs, ours = solve("reference", z, h, **options), solve("triton", z, h, **options)
+    truth = solve("reference", predicted, target, torch.float64, **options)
+    theirs, ours = solve("reference", predicted, target, **options), solve("triton", predicted, target, **options)
     for name, found, reference, exact in zip(("value", "gradient"), ours, theirs, truth, strict=True):
         assert found.dtype == reference.dtype and found.shape == reference.shape
         scale = exact.abs().max().item()

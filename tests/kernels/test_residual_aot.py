@@ -57,8 +57,8 @@ def segment_specs():
         (10**6, 3 * 10**6, "*fp32", "*i64"),
     ):
         signature = {"value": "*fp32", "weight": weight, "offsets": table, "out": "*fp32", "total": "*fp32"}
-        none = {k: None for k, t in signature.items() if t is None}
-        signature = {k: t for k, t in signature.items() if t}
+        none = {name: None for name, kind in signature.items() if kind is None}
+        signature = {name: kind for name, kind in signature.items() if kind}
         block_s, block_r = residual.segment_tile(segments, count)
         constants = {"ROWS": True, "MEAN": True, "BLOCK_S": block_s, "BLOCK_R": block_r, **none}
         integers = dict.fromkeys(("S", "width", "count"), "i32")

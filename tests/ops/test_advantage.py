@@ -13,20 +13,26 @@ from tests.helpers import forms
 IDS = [70, -3, 5, 70, 5, 70, 8, -3, 70]  # unordered; groups of 2, 2, 1 and 4
 
 
-def rewards(r=1, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).normal(2.0, 3.0, (len(IDS), r)).astype(dtype)
+def rewards(kinds=1, seed=0, dtype=np.float64):
+    return np.random.default_rng(seed).normal(2.0, 3.0, (len(IDS), kinds)).astype(dtype)
 
 
 def by_group(values, ids, weights=None, scale="group", clip=5.0, eps=1e-4):
+    """The formula for one group and one reward after the other."""
     out = np.zeros(len(ids))
-    for g in set(ids):
-        members = [k for k, i in enumerate(ids) if i == g]
-        for j in range(values.shape[1]):
-            r = values[members, j].astype(np.float64)
-            if len(r) == 1 or np.all(r == r[0]):
+    for group in set(ids):
+        members = [sample for sample, other in enumerate(ids) if other == group]
+        for kind in range(values.shape[1]):
+            column = values[members, kind].astype(np.float64)
+            # equal rewards give 0 even where rounding leaves a spread
+            if len(column) == 1 or np.all(column == column[0]):
                 continue
-            spread = {"group": r.std() + eps, "global": values[:, j].astype(np.float64).std() + eps, "none": 1.0}[scale]
-            out[members] += (1.0 if weights is None else weights[j]) * (r - r.mean()) / spread
+            spread = {
+                "group": column.std() + eps,
+                "global": values[:, kind].astype(np.float64).std() + eps,
+                "none": 1.0,
+            }[scale]
+            out[members] += (1.0 if weights is None else weights[kind]) * (column - column.mean()) / spread
     return np.clip(out, -clip, clip)
 
 
@@ -36,10 +42,11 @@ def advantage(request):
     device = forms.device_of(request.param)
 
     def call(values, ids=IDS, weights=None, **options):
-        w = None if weights is None else torch.tensor(weights, device=device)
-        values, ids = (torch.as_tensor(x).to(device) for x in (values, ids))
-        a, stats = group_advantage(values, ids, w, **{"impl": request.param} | options)
-        return a.cpu().numpy(), GroupStats(*(x.cpu() for x in (stats.mean, stats.std, stats.zero_variance)))
+        tensor = None if weights is None else torch.tensor(weights, device=device)
+        values, ids = (torch.as_tensor(given).to(device) for given in (values, ids))
+        found, stats = group_advantage(values, ids, tensor, **{"impl": request.param} | options)
+        on_cpu = GroupStats(stats.mean.cpu(), stats.std.cpu(), stats.zero_variance.cpu())
+        return found.cpu().numpy(), on_cpu
 
     return call
 
@@ -49,9 +56,9 @@ def advantage(request):
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5)])
 def test_value_is_the_formula(advantage, scale, weights, dtype, tolerance):
     values = rewards(3, dtype=dtype)
-    a, _ = advantage(values, weights=weights, scale=scale)
-    assert a.dtype == dtype
-    np.testing.assert_allclose(a, by_group(values, IDS, weights, scale), rtol=tolerance, atol=tolerance)
+    found, _ = advantage(values, weights=weights, scale=scale)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, by_group(values, IDS, weights, scale), rtol=tolerance, atol=tolerance)
 
 
 def test_one_reward_may_be_flat(advantage):
@@ -62,8 +69,8 @@ def test_one_reward_may_be_flat(advantage):
 def test_stats_are_in_ascending_id(advantage):
     values = rewards(2)
     _, stats = advantage(values)
-    for row, g in enumerate(sorted(set(IDS))):
-        members = values[[i == g for i in IDS]]
+    for row, group in enumerate(sorted(set(IDS))):
+        members = values[[other == group for other in IDS]]
         np.testing.assert_allclose(stats.mean[row], members.mean(0))
         np.testing.assert_allclose(stats.std[row], members.std(0), atol=1e-12)
     assert stats.zero_variance.tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
@@ -74,30 +81,31 @@ def test_stats_are_in_ascending_id(advantage):
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -100.1])
 def test_equal_rewards_teach_nothing(advantage, scale, count, value):
     values = torch.cat([torch.full((count,), value), torch.tensor([1.0, 2.0])])
-    a, stats = advantage(values, torch.tensor([0] * count + [1, 1]), scale=scale)
-    assert not a[:count].any() and a[count] < 0 < a[-1]
+    found, stats = advantage(values, torch.tensor([0] * count + [1, 1]), scale=scale)
+    assert not found[:count].any() and found[count] < 0 < found[-1]
     assert stats.zero_variance.flatten().tolist() == [True, False]
 
 
 def test_rewards_are_normalised_before_they_are_weighted(advantage):
     values = rewards(2)
-    a, _ = advantage(values * [1.0, 1000.0], weights=[0.5, 0.5], eps=0.0)
-    np.testing.assert_allclose(a, advantage(values, weights=[0.5, 0.5], eps=0.0)[0], rtol=1e-9)
+    found, _ = advantage(values * [1.0, 1000.0], weights=[0.5, 0.5], eps=0.0)
+    np.testing.assert_allclose(found, advantage(values, weights=[0.5, 0.5], eps=0.0)[0], rtol=1e-9)
 
 
-def test_zero_variance_is_told_for_each_reward(advantage):
+def test_zero_variance_is_reported_for_each_reward(advantage):
     values = rewards(2)
     values[:, 1] = 4.0
-    a, stats = advantage(values)
+    found, stats = advantage(values)
     assert stats.zero_variance[:, 1].all() and stats.zero_variance[:, 0].sum() == 1
-    np.testing.assert_allclose(a, advantage(values[:, :1])[0])
+    np.testing.assert_allclose(found, advantage(values[:, :1])[0])
 
 
 def test_clip_bounds_the_sum(advantage):
+    # one sample in twenty stands out in both rewards: its mean is 0.05, the variance 0.05 * 0.95 = 0.0475
     values = np.zeros((20, 2))
     values[7] = 1.0
-    a, _ = advantage(values, ids=[0] * 20, clip=3.0)
-    assert a.max() == 3.0 and a[7] == 3.0
+    found, _ = advantage(values, ids=[0] * 20, clip=3.0)
+    assert found.max() == 3.0 and found[7] == 3.0
     assert advantage(values, ids=[0] * 20, clip=100.0)[0][7] == pytest.approx(2 * 0.95 / (np.sqrt(0.0475) + 1e-4))
 
 
@@ -114,11 +122,11 @@ def test_autocast_changes_no_bit(advantage, dtype):
     assert torch.equal(inside.mean, stats.mean) and torch.equal(inside.std, stats.std)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_reward_that_is_not_finite_names_its_sample(advantage, bad):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_reward_that_is_not_finite_names_its_sample(advantage, value):
     values = rewards(2)
-    values[4, 1] = bad
-    with pytest.raises(ValueError, match=f"reward 1 of sample 4 is {bad}"):
+    values[4, 1] = value
+    with pytest.raises(ValueError, match=f"reward 1 of sample 4 is {value}"):
         advantage(values)
 
 
@@ -140,9 +148,10 @@ def test_bad_input_is_named(advantage, values, ids, options, message):
 
 @st.composite
 def batches(draw):
-    n = draw(st.integers(1, 12))
-    values = draw(arrays.arrays(np.float64, (n, 2), elements=st.integers(-20, 20).map(float)))
-    return values, np.array(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    count = draw(st.integers(1, 12))
+    # whole numbers, so that rewards of a group are often equal
+    values = draw(arrays.arrays(np.float64, (count, 2), elements=st.integers(-20, 20).map(float)))
+    return values, np.array(draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -165,7 +174,7 @@ def test_constant_added_to_one_group_changes_nothing(advantage, batch, constant,
 @given(batches(), st.permutations([-(2**40), -1, 17, 2**40]))
 def test_names_of_groups_do_not_matter(advantage, batch, names):
     values, ids = batch
-    a, stats = advantage(values, np.array(names)[ids])
-    b, old = advantage(values, ids)
-    np.testing.assert_allclose(a, b, atol=1e-12)
+    found, stats = advantage(values, np.array(names)[ids])
+    expected, old = advantage(values, ids)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
     assert len(stats.mean) == len(set(ids)) and int(stats.zero_variance.sum()) == int(old.zero_variance.sum())

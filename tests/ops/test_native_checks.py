@@ -103,6 +103,7 @@ def test_without_a_driver_the_module_loads_and_says_so():
         pytest.skip("built without CUDA")
     with pytest.raises(RuntimeError, match=r"no CUDA device: CUDA error (35|100), \w+"):
         module.devices()
+    # real memory: should the module follow a pointer after all, the test fails instead of crashing
     memory = torch.zeros(1 << 20, dtype=torch.uint8).data_ptr()
     with pytest.raises(RuntimeError, match=r"group_advantage: CUDA error (35|100), \w+"):
         places = dict.fromkeys(
@@ -125,9 +126,9 @@ def test_what_was_chosen_is_said_once(module, words, monkeypatch, caplog):
     dispatch._say.cache_clear()
     caplog.set_level(logging.INFO, logger="ldo.ops")
     try:
-        names, why = extension.forms(torch.zeros(1))
+        names, reason = extension.forms(torch.zeros(1))
         for _ in range(2):
-            choose_form("group_advantage", "auto", names, names[0], why)
+            choose_form("group_advantage", "auto", names, names[0], reason)
     finally:
         monkeypatch.undo()
         extension.load.cache_clear()
@@ -136,6 +137,6 @@ def test_what_was_chosen_is_said_once(module, words, monkeypatch, caplog):
 
 
 def test_more_rewards_than_the_extension_takes_still_work():
-    rewards, ids = draw([4, 4], r=40)
+    rewards, ids = draw([4, 4], kinds=40)
     found = group_advantage(rewards, ids)
     close(found, group_advantage(rewards, ids, impl="reference"), 0)

@@ -9,25 +9,27 @@ from tests.helpers import forms, regions
 FIELDS = ("total", "policy", "divergence", "ratio", "clipped")
 
 
-def draw(n=5, s=3, dtype=torch.float64, device="cpu", seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logp, old, away = (torch.randn(n, s, generator=g, dtype=torch.float64) for _ in range(3))
-    advantage = torch.randn(n, generator=g, dtype=torch.float64)
-    out = (old + 0.05 * logp, old, advantage, away.abs())
-    return tuple(x.to(device, dtype) for x in out)
+def draw(samples=5, steps=3, dtype=torch.float64, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logp, old, away = (torch.randn(samples, steps, generator=generator, dtype=torch.float64) for _ in range(3))
+    advantage = torch.randn(samples, generator=generator, dtype=torch.float64)
+    # ratios within a few per cent of 1, so that the clips of these tests bind some and not others
+    given = (old + 0.05 * logp, old, advantage, away.abs())
+    return tuple(tensor.to(device, dtype) for tensor in given)
 
 
 def by_hand(logp, old, advantage, away, clip, weight, kl):
     """Total, policy and clipped share, element by element in Python floats."""
-    n, s = logp.shape
+    samples, steps = logp.shape
     total = policy = clipped = 0.0
-    for i in range(n):
-        for k in range(s):
-            ratio, a = float((logp[i, k] - old[i, k]).exp()), float(advantage[i])
-            free, held = -a * ratio, -a * min(max(ratio, 1 - clip), 1 + clip)
-            policy += max(free, held) / (n * s)
-            total += float(weight[k]) * max(free, held) / (n * s)
-            clipped += (held > free) / (n * s)
+    for sample in range(samples):
+        for step in range(steps):
+            ratio, gain = float((logp[sample, step] - old[sample, step]).exp()), float(advantage[sample])
+            # the larger loss counts: clipping never makes a sample look better
+            free, held = -gain * ratio, -gain * min(max(ratio, 1 - clip), 1 + clip)
+            policy += max(free, held) / (samples * steps)
+            total += float(weight[step]) * max(free, held) / (samples * steps)
+            clipped += (held > free) / (samples * steps)
     return total + kl * float(away.mean()), policy, clipped
 
 
@@ -36,38 +38,38 @@ def test_value_is_the_formula(form):
     logp, old, advantage, away = draw(device=forms.device_of(form))
     weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     found = grpo_surrogate(logp, old, advantage, away, clip=0.02, weight=weight.to(logp.device), kl=0.3, impl=form)
-    total, policy, clipped = by_hand(*(x.cpu() for x in (logp, old, advantage, away)), 0.02, weight, 0.3)
+    total, policy, clipped = by_hand(*(tensor.cpu() for tensor in (logp, old, advantage, away)), 0.02, weight, 0.3)
     assert 0 < clipped < 1
-    assert [float(getattr(found, f)) for f in ("total", "policy", "clipped")] == pytest.approx(
+    assert [float(getattr(found, field)) for field in ("total", "policy", "clipped")] == pytest.approx(
         [total, policy, clipped], rel=1e-12
     )
     assert torch.allclose(found.ratio, (logp - old).exp(), rtol=1e-14) and torch.isclose(found.divergence, away.mean())
 
 
 @pytest.mark.parametrize("form", forms.NATIVE)
-@pytest.mark.parametrize("n, s", [(1, 1), (16, 1), (7, 4), (1024, 1), (683, 3), (5000, 2)])
+@pytest.mark.parametrize("samples, steps", [(1, 1), (16, 1), (7, 4), (1024, 1), (683, 3), (5000, 2)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_extension_gives_what_the_reference_gives_in_fp64(form, n, s, weighted):
+def test_extension_gives_what_the_reference_gives_in_fp64(form, samples, steps, weighted):
     """Values and gradients, also of ``policy`` and of the ratios. In fp32 they are as close to fp64 as fp32 can be."""
     device = forms.device_of(form)
-    inputs = draw(n, s, device=device, seed=n)
-    weight = torch.linspace(0.5, 2, s, dtype=torch.float64, device=device) if weighted else 1.7
+    inputs = draw(samples, steps, device=device, seed=samples)
+    weight = torch.linspace(0.5, 2, steps, dtype=torch.float64, device=device) if weighted else 1.7
 
     def run(dtype, impl):
-        logp, old, advantage, away = (x.to(dtype).requires_grad_() for x in inputs)
+        logp, old, advantage, away = (tensor.to(dtype).requires_grad_() for tensor in inputs)
         found = grpo_surrogate(logp, old, advantage, away, clip=0.03, weight=weight, kl=0.4, impl=impl)
         grads = torch.autograd.grad(
             found.total + 0.3 * found.policy + 0.2 * found.divergence + (found.ratio**2).mean(), (logp, away)
         )
-        return [getattr(found, f).detach() for f in FIELDS] + list(grads)
+        return [getattr(found, field).detach() for field in FIELDS] + list(grads)
 
     exact = run(torch.float64, "reference")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        for name, a, b in zip((*FIELDS, "logp.grad", "divergence.grad"), run(dtype, form), exact, strict=True):
+        for name, ours, theirs in zip((*FIELDS, "logp.grad", "divergence.grad"), run(dtype, form), exact, strict=True):
             if name == "clipped" and dtype == torch.float32:
                 continue  # a ratio at the very edge may round to either side
-            scale = b.abs().max().clamp_min(1e-3)
-            assert a.dtype == dtype and float(((a - b).abs() / scale).max()) < tolerance, name
+            scale = theirs.abs().max().clamp_min(1e-3)
+            assert ours.dtype == dtype and float(((ours - theirs).abs() / scale).max()) < tolerance, name
 
 
 @pytest.mark.parametrize("form", forms.ALL)
@@ -83,7 +85,7 @@ def test_ratio_is_exactly_one_where_nothing_changed(form):
 @pytest.mark.parametrize("form", forms.ALL)
 def test_one_step_may_be_flat_and_old_may_be_missing(form):
     device = forms.device_of(form)
-    logp, _, advantage, _ = draw(s=1, device=device)
+    logp, _, advantage, _ = draw(steps=1, device=device)
     flat = grpo_surrogate(logp[:, 0], None, advantage, clip=0.1, weight=2.0, impl=form)
     square = grpo_surrogate(logp, torch.zeros_like(logp), advantage, clip=0.1, weight=2.0, impl=form)
     assert (
@@ -105,10 +107,10 @@ def test_a_log_prob_that_is_not_finite_is_not_hidden(form):
 @pytest.mark.parametrize("form", forms.ALL)
 def test_strides_do_not_matter(form):
     inputs = draw(6, 3, device=forms.device_of(form))
-    strided = [torch.stack([x, -x], -1)[..., 0].detach() for x in inputs]
-    assert not any(x.is_contiguous() for x in strided)
-    a, b = (grpo_surrogate(*x, clip=0.02, kl=0.1, impl=form) for x in (inputs, strided))
-    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+    strided = [torch.stack([tensor, -tensor], -1)[..., 0].detach() for tensor in inputs]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    plain, spread = (grpo_surrogate(*given, clip=0.02, kl=0.1, impl=form) for given in (inputs, strided))
+    assert all(torch.equal(getattr(plain, field), getattr(spread, field)) for field in FIELDS)
 
 
 @pytest.mark.parametrize("inside", regions.AUTOCAST, ids="+".join)
@@ -120,7 +122,9 @@ def test_autocast_changes_no_bit(form, dtype, inside):
     for field in ("total", "policy", "ratio"):
         options = {"clip": 0.02, "weight": weight, "kl": 0.3, "impl": form}
         regions.assert_same(
-            lambda x, field=field, options=options: getattr(grpo_surrogate(x, old, advantage, away, **options), field),
+            lambda argument, field=field, options=options: getattr(
+                grpo_surrogate(argument, old, advantage, away, **options), field
+            ),
             logp,
             inside,
         )
@@ -129,8 +133,8 @@ def test_autocast_changes_no_bit(form, dtype, inside):
 def test_on_the_cpu_auto_is_the_reference():
     """A run's numbers are the same with and without a compiler."""
     inputs = draw(16, 1, dtype=torch.float32)
-    a, b = (grpo_surrogate(*inputs, clip=0.02, kl=0.1, impl=impl) for impl in ("auto", "reference"))
-    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
+    chosen, reference = (grpo_surrogate(*inputs, clip=0.02, kl=0.1, impl=impl) for impl in ("auto", "reference"))
+    assert all(torch.equal(getattr(chosen, field), getattr(reference, field)) for field in FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,6 @@ def test_on_the_cpu_auto_is_the_reference():
     ],
 )
 def test_bad_input_is_named(change, message):
-    inputs = [change.get(i, x) for i, x in enumerate(draw())]
+    inputs = [change.get(position, tensor) for position, tensor in enumerate(draw())]
     with pytest.raises(ValueError, match=message):
-        grpo_surrogate(*inputs, clip=0.1, **{k: v for k, v in change.items() if isinstance(k, str)})
+        grpo_surrogate(*inputs, clip=0.1, **{name: value for name, value in change.items() if isinstance(name, str)})
