@@ -36,7 +36,7 @@ def nothing_loads(monkeypatch):
 def fails(capsys, *argv):
     """Run both entries; return the one line they print."""
     for main in (train.main, check_main):
-        assert main([str(a) for a in argv]) == 2
+        assert main([str(argument) for argument in argv]) == 2
         lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("probe ")]
         assert len(lines) == 1 and lines[0].startswith("ldo: "), lines
     return lines[0]
@@ -101,7 +101,7 @@ def fails(capsys, *argv):
 )
 def test_values(capsys, recipe, change, words):
     line = fails(capsys, recipe(), *change.split())
-    assert all(w in line for w in words), line
+    assert all(word in line for word in words), line
 
 
 def test_recipe_files(capsys, tmp_path, recipe):

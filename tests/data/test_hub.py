@@ -10,7 +10,7 @@ from ldo.core.config import DataConfig
 from ldo.core.errors import RecipeError
 from ldo.data import hub
 from ldo.data.folder import read_folder
-from tests.helpers.films import encode, ramp
+from tests.helpers.video_files import encode, ramp
 
 
 @pytest.fixture

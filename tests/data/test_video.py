@@ -10,7 +10,7 @@ import pytest
 
 from ldo.data import video
 from ldo.data.video import probe_video, read_video, stream_frames, write_video
-from tests.helpers.films import cut, encode, no_frames, ramp, scratched, shake, sound_only
+from tests.helpers.video_files import cut, encode, no_frames, ramp, scratched, shake, sound_only
 
 
 def numbers(frames):

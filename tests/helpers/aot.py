@@ -77,7 +77,7 @@ class Usage:
 
     def count(self, opcode: str) -> int:
         """Instructions that are ``opcode`` or start with it and a modifier: count("LDG"), count("LDG.E.128")."""
-        return sum(n for name, n in self.opcodes.items() if f"{name}.".startswith(f"{opcode}."))
+        return sum(count for name, count in self.opcodes.items() if f"{name}.".startswith(f"{opcode}."))
 
 
 def compile_all(specs: Sequence[Spec]) -> dict[tuple[str, int], Usage]:
@@ -153,9 +153,9 @@ def _compile(spec: dict[str, Any], arch: int, folder: Path) -> dict[str, Any]:
     )
     source = ASTSource(
         kernel,
-        {p: types.get(p, "constexpr") for p in kernel.arg_names},
+        {parameter: types.get(parameter, "constexpr") for parameter in kernel.arg_names},
         constants,
-        {(kernel.arg_names.index(p),): [["tt.divisibility", 16]] for p in spec["divisible"]},
+        {(kernel.arg_names.index(parameter),): [["tt.divisibility", 16]] for parameter in spec["divisible"]},
     )
     options = {"num_warps": spec["warps"], "num_stages": spec["stages"], **spec["options"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -168,7 +168,7 @@ def _compile(spec: dict[str, Any], arch: int, folder: Path) -> dict[str, Any]:
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "spills": sum(n for name, n in opcodes.items() if name.split(".")[0] in ("LDL", "STL")),
+        "spills": sum(count for name, count in opcodes.items() if name.split(".")[0] in ("LDL", "STL")),
         "shared": max(compiled.metadata.shared, int(usage["SHARED"])),
         "opcodes": opcodes,
     }

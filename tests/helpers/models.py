@@ -62,7 +62,9 @@ LTX = dict(**_SIZE, num_layers=2, cross_attention_dim=32, caption_channels=16)
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
     inner = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, unk_token="<unk>")
+        models.WordLevel(
+            {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, unk_token="<unk>"
+        )
     )
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -345,6 +347,6 @@ def adapter(generator: Generator, rank: int = 4, alpha: float = 8.0) -> dict[str
     parameters = lora.add(generator.transformers, rank, alpha, generator.lora_targets, seed=0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in parameters.values():
-            p.normal_(0, 0.3, generator=rng)
+        for parameter in parameters.values():
+            parameter.normal_(0, 0.3, generator=rng)
     return parameters

@@ -29,17 +29,12 @@ from ldo.ops import extension, native
 _REAL = torch.Generator
 HOST, CARD = torch.device("cpu"), torch.device("cuda", 0)
 aten = torch.ops.aten
-MIXED = {
-    aten.copy_,
-    aten.index_put_,
-    aten.index_put,
-    aten._index_put_impl_,
-    aten.index,
-}  # one of their tensors may be elsewhere
+# One of their tensors may be elsewhere.
+MIXED = {aten.copy_, aten.index_put_, aten.index_put, aten._index_put_impl_, aten.index}
 CUDA_ONLY = {  # fp32 products of half-precision operands
-    aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
-    aten.baddbmm.dtype_out: lambda c, a, b, dtype, beta=1, out=None: torch.baddbmm(
-        c, a.to(dtype), b.to(dtype), beta=beta, out=out
+    aten.bmm.dtype: lambda left, right, dtype: left.to(dtype) @ right.to(dtype),
+    aten.baddbmm.dtype_out: lambda addend, left, right, dtype, beta=1, out=None: torch.baddbmm(
+        addend, left.to(dtype), right.to(dtype), beta=beta, out=out
     ),
 }
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
@@ -56,38 +51,40 @@ class Marks:
 
     def __init__(self) -> None:
         self._known: dict[int, StorageWeakRef] = {}
-        self.ambient = (
-            False  # the function being called was given something on the card: so is what it makes from nothing
-        )
+        # Whether the function being called was given something on the card: then what it makes from nothing is there.
+        self.ambient = False
 
-    def on_card(self, x: Tensor) -> bool:
+    def on_card(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
-            found = self._known.get(x.untyped_storage()._cdata) if _backed(x) else None
+            found = self._known.get(tensor.untyped_storage()._cdata) if _backed(tensor) else None
         return found is not None and not found.expired()
 
-    def moved(self, x: Tensor, there: bool) -> Tensor:
+    def moved(self, tensor: Tensor, there: bool) -> Tensor:
         """A copy of ``x`` on the card (``there``) or on the host."""
-        y = x.clone()
+        copy = tensor.clone()
         if there:
-            self.put(y)
+            self.put(copy)
         else:
             with torch._C.DisableTorchFunction():
-                self._known.pop(y.untyped_storage()._cdata, None)
-        return y
+                self._known.pop(copy.untyped_storage()._cdata, None)
+        return copy
 
     def put(self, *tensors: Tensor) -> None:
         with torch._C.DisableTorchFunction():
-            for x in tensors:
-                if _backed(x):
-                    storage = x.untyped_storage()
+            for tensor in tensors:
+                if _backed(tensor):
+                    storage = tensor.untyped_storage()
                     if storage._cdata not in self._known or self._known[storage._cdata].expired():
                         self._known[storage._cdata] = StorageWeakRef(storage)
+            # now and then, so that a long run does not collect entries of tensors long gone
             if len(self._known) > 20_000:
-                self._known = {k: v for k, v in self._known.items() if not v.expired()}
+                self._known = {
+                    address: reference for address, reference in self._known.items() if not reference.expired()
+                }
 
 
-def _backed(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.layout == torch.strided
+def _backed(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def _is_card(value: Any) -> bool:
@@ -101,7 +98,11 @@ def _tensors(values: Any) -> list[Tensor]:
         return [values]
     if isinstance(values, dict):
         values = tuple(values.values())
-    return [x for v in values for x in _tensors(v)] if isinstance(values, tuple | list) else []
+    return [tensor for value in values for tensor in _tensors(value)] if isinstance(values, tuple | list) else []
+
+
+# Two modes are needed: operations within the backward pass are seen only below autograd, moves and the devices that
+# arguments name only above it.
 
 
 class _Operations(TorchDispatchMode):
@@ -113,22 +114,26 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        own = OPDEFS.get(f"{func.namespace}::{func._opname}")
-        if (
-            own is not None
-        ):  # an operation written in Python: its body is watched, and says itself what it takes from where
+        operator = OPDEFS.get(f"{func.namespace}::{func._opname}")
+        # an operation written in Python: its body is watched, and shows by itself what it takes from where
+        if operator is not None:
             with self, self.above:
-                return (own._backend_fns.get("cuda") or own._backend_fns[None])(*args, **kwargs)
+                return (operator._backend_fns.get("cuda") or operator._backend_fns[None])(*args, **kwargs)
         given = _tensors((args, kwargs))
-        on_card = [self.marks.on_card(x) for x in given]
+        on_card = [self.marks.on_card(tensor) for tensor in given]
         packet = func.overloadpacket
         if packet not in MIXED:
             with torch._C.DisableTorchFunction():
                 places = {
-                    card for x, card in zip(given, on_card, strict=True) if (x.ndim or card) and x.device.type == "cpu"
+                    card
+                    for tensor, card in zip(given, on_card, strict=True)
+                    if (tensor.ndim or card) and tensor.device.type == "cpu"
                 }
             if len(places) > 1:
-                where = ", ".join(f"{list(x.shape)} {CARD if c else HOST}" for x, c in zip(given, on_card, strict=True))
+                where = ", ".join(
+                    f"{list(tensor.shape)} {CARD if marked else HOST}"
+                    for tensor, marked in zip(given, on_card, strict=True)
+                )
                 raise RuntimeError(f"{func}: tensors on different devices: {where}")
             card = places == {True} or (not given and self.marks.ambient)
         else:
@@ -176,7 +181,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in MOVES:
             return self._move(func, args, kwargs)
-        to_card = any(_is_card(v) for v in (*args, *kwargs.values()))
+        to_card = any(_is_card(value) for value in (*args, *kwargs.values()))
         to_host = not to_card and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
         of_card = bool(args) and isinstance(args[0], Tensor) and self.marks.on_card(args[0])
         generator = kwargs.get("generator")
@@ -209,29 +214,29 @@ class _Functions(TorchFunctionMode):
         return result
 
     def _move(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        x, rest = args[0], list(args[1:])
-        here = self.marks.on_card(x)
+        tensor, rest = args[0], list(args[1:])
+        here = self.marks.on_card(tensor)
         if func is Tensor.cpu or func is Tensor.cuda:
             there, rest, kwargs = func is Tensor.cuda, [], {}
         else:
-            named = [v for v in (*rest, *kwargs.values()) if isinstance(v, torch.device | str)]
-            other = [v for v in rest if isinstance(v, Tensor)]
+            named = [value for value in (*rest, *kwargs.values()) if isinstance(value, torch.device | str)]
+            other = [value for value in rest if isinstance(value, Tensor)]
             there = _is_card(named[0]) if named else self.marks.on_card(other[0]) if other else here
             if named and not there and torch.device(named[0]).type != "cpu":
                 return func(*args, **kwargs)  # to meta
-            rest = [_host(v) for v in rest]
-            kwargs = {k: _host(v) for k, v in kwargs.items()}
-        x = Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
-        return x if here == there else _Move.apply(x, there, self.marks)
+            rest = [_host(value) for value in rest]
+            kwargs = {name: _host(value) for name, value in kwargs.items()}
+        tensor = Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
+        return tensor if here == there else _Move.apply(tensor, there, self.marks)
 
 
 class _Move(torch.autograd.Function):
     """A copy to the other place; its gradient comes back."""
 
     @staticmethod
-    def forward(ctx, x, there, marks):
+    def forward(ctx, tensor, there, marks):
         ctx.there, ctx.marks = there, marks
-        return marks.moved(x, there)
+        return marks.moved(tensor, there)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -273,21 +278,21 @@ class _Event:
 
 def as_gpu(module: Any) -> SimpleNamespace:
     """The extension as if built with CUDA: a launch calls the C++ form, without what only a GPU needs."""
-    names = {n: getattr(module, n) for n in dir(module) if not n.startswith("__")}
+    names = {name: getattr(module, name) for name in dir(module) if not name.startswith("__")}
 
     def launch(call: Any) -> Any:
         return lambda **given: call(
-            **{k: v for k, v in given.items() if k not in ("workspace", "device", "stream", "wait")}
+            **{name: value for name, value in given.items() if name not in ("workspace", "device", "stream", "wait")}
         )
 
     return SimpleNamespace(
-        **names | {"CUDA": True} | {n: launch(names[n]) for n in ("group_advantage", "grpo_surrogate")}
+        **names | {"CUDA": True} | {name: launch(names[name]) for name in ("group_advantage", "grpo_surrogate")}
     )
 
 
 def _extension(found: tuple[Any, str]) -> Any:
-    module, why = found
-    return lambda: (module and as_gpu(module), why)
+    module, reason = found
+    return lambda: (module and as_gpu(module), reason)
 
 
 @contextmanager
@@ -330,11 +335,11 @@ def gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Marks]:
         "manual_seed manual_seed_all set_rng_state set_rng_state_all"
     )
     with ExitStack() as stack:
-        for name, value in {**said, **{n: nothing for n in silent.split()}}.items():
+        for name, value in {**said, **{name: nothing for name in silent.split()}}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch("torch.Generator", Generator))
         # saved within an operation, compared outside: where the mark is seen in one place only
-        shapes = {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}
+        shapes = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
         stack.enter_context(mock.patch.dict("torch.utils.checkpoint._allowed_determinism_checks_to_fns", shapes))
         stack.enter_context(mock.patch.object(extension, "load", _extension(extension.load())))
         stack.enter_context(mock.patch.object(native, "_stream", lambda _: 0))

@@ -25,9 +25,9 @@ def small_problem() -> tuple[nn.Module, Tensor, Tensor]:
 
 def spanning() -> tuple[Tensor, Tensor, Tensor]:
     """Rewards [24, 2] in five groups that span ranks, the groups' ids, and the rewards' weights."""
-    g = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([7, -2, 7, 40, 7, 7, -2, 3, 40, 40, 3, 3, 9, 7, 40, 3, -2, -2, 7, 40, 3, 7, 40, -2])
-    return torch.randn(24, 2, generator=g) * 3, ids, torch.tensor([1.0, 0.5])
+    return torch.randn(24, 2, generator=generator) * 3, ids, torch.tensor([1.0, 0.5])
 
 
 def work(rank: int, size: int, port: int, out: str) -> None:
@@ -46,21 +46,21 @@ def work(rank: int, size: int, port: int, out: str) -> None:
 
 
 def _gradients(world: Processes) -> dict:
-    model, x, y = small_problem()
+    model, inputs, targets = small_problem()
     mine = list(world.share(12))
-    (model[1](model[0](x[mine])) - y[mine]).square().mean().backward()
+    (model[1](model[0](inputs[mine])) - targets[mine]).square().mean().backward()
     if world.rank == 0:
         model[1].bias.grad = None  # a parameter without gradient on one rank counts as zero there
     average_gradients(list(model.parameters()), world)
     gathered = gather_rows(torch.arange(world.rank + 1) + 10 * world.rank, world)
-    return {"grads": [p.grad for p in model.parameters()], "gathered": gathered}
+    return {"grads": [parameter.grad for parameter in model.parameters()], "gathered": gathered}
 
 
 def _advantages(world: Processes, spread: str) -> dict:
     """This rank's part of the samples, dealt out in blocks or like cards."""
     rewards, ids, weights = spanning()
     mine = list(world.share(24)) if spread == "blocks" else list(range(world.rank, 24, world.size))
-    a, stats = group_advantage(rewards[mine], ids[mine], weights, world=world)
+    advantage, stats = group_advantage(rewards[mine], ids[mine], weights, world=world)
     last = world.rank == world.size - 1
     broken = rewards.clone()
     broken[mine[0] if last else 0, 1] = float("nan") if last else 0.0
@@ -69,4 +69,4 @@ def _advantages(world: Processes, spread: str) -> dict:
         group_advantage(broken[mine], ids[mine], weights, world=world)
     except ValueError as error:
         message = str(error)
-    return {"mine": mine, "advantage": a, "stats": vars(stats), "message": message}
+    return {"mine": mine, "advantage": advantage, "stats": vars(stats), "message": message}

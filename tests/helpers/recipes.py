@@ -20,7 +20,7 @@ SMALL = {
 
 def merge(tree: dict, changes: dict) -> dict:
     """``tree`` with ``changes`` ({"rl.updates": 2}) put in."""
-    out = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    out = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for key, value in changes.items():
         *parents, last = key.split(".")
         node = out
@@ -39,7 +39,7 @@ def write(folder: Path, wan: Path, vjepa: Path, **changes) -> Path:
         "model.text_length": 16,
         "world_model.path": str(vjepa),
     }
-    tree = merge(SMALL, paths | {k.replace("__", "."): v for k, v in changes.items()})
+    tree = merge(SMALL, paths | {name.replace("__", "."): value for name, value in changes.items()})
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -51,14 +51,14 @@ def test_no_worse_than_plain_arithmetic_in_the_same_precision(shape, options, dt
     # keeps gradients within the range of fp16
     upstream = float(shape[1])
     loss, slope = truth(student, teacher, upstream, **named)
-    x = student.clone().requires_grad_()
-    rough = relations.plain(x, teacher, **named)
+    leaf = student.clone().requires_grad_()
+    rough = relations.plain(leaf, teacher, **named)
     (upstream * rough).backward()
     found, gradient = fused(student, teacher, upstream, **named)
     assert found.dtype == torch.float32 and gradient.dtype == dtype and gradient.shape == student.shape
     assert abs(found - loss) <= max(abs(rough - loss).item(), 2e-7 * loss.item())
     if slope.norm() > 1e-6:  # a single token has similarity 1 to itself, whatever it is
-        assert relations.distance(gradient, slope) <= min(GOAL[dtype], max(relations.distance(x.grad, slope), 1e-6))
+        assert relations.distance(gradient, slope) <= min(GOAL[dtype], max(relations.distance(leaf.grad, slope), 1e-6))
 
 
 @pytest.mark.parametrize("penalty", ["hinge", "squared", "huber"])
@@ -75,9 +75,9 @@ def test_every_penalty(penalty, margin, dtype):
 
 
 @pytest.mark.parametrize("given", [(), ("frame_N",), ("weight_BN",)])
-def test_options_alone(given):
+def test_each_option_by_itself(given):
     student, teacher, named = inputs(2, 97, 40, 24)
-    named = {k: named[k] for k in given}
+    named = {name: named[name] for name in given}
     loss, slope = truth(student, teacher, **named)
     found, gradient = fused(student, teacher, **named)
     assert found.item() == pytest.approx(loss.item(), rel=1e-6) and relations.distance(gradient, slope) <= 1e-5
@@ -92,14 +92,14 @@ def test_few_active_pairs():
     student = torch.randn(1, 384, 128, generator=generator)
     teacher = (student + 0.3 * torch.randn(1, 384, 128, generator=generator)).bfloat16().to(DEVICE)
     student = student.bfloat16().to(DEVICE)
-    unit_x, unit_y = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (student, teacher))
+    unit_x, unit_y = (torch.nn.functional.normalize(features.double(), dim=-1) for features in (student, teacher))
     active = ((unit_x @ unit_x.mT - unit_y @ unit_y.mT).abs() > 0.1).double().mean().item()
     assert 0.003 < active < 0.03
     _, slope = truth(student, teacher)
-    x = student.clone().requires_grad_()
-    relations.plain(x, teacher).backward()
+    leaf = student.clone().requires_grad_()
+    relations.plain(leaf, teacher).backward()
     _, gradient = fused(student, teacher)
-    assert relations.distance(gradient, slope) <= 5e-3 < 2e-2 <= relations.distance(x.grad, slope)
+    assert relations.distance(gradient, slope) <= 5e-3 < 2e-2 <= relations.distance(leaf.grad, slope)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,34 +119,39 @@ def test_panels_and_clips_apart_give_the_same(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("clips", "n", "elements", "step"),
+    ("clips", "tokens", "elements", "step"),
     [(1, 97, 10**6, 64), (5, 97, 30_000, 64), (2, 700, 100_000, 64), (1, 23_040, 2**27, 256)],
 )
-def test_plan_keeps_to_the_workspace(clips, n, elements, step):
-    found, together = relation_plan.panels(clips, n, elements, step)
-    assert found[0][0] == 0 and found[-1][1] == n and all(a[1] == b[0] for a, b in pairwise(found))
-    for p0, p1 in found:
-        assert p0 % step == 0
-        assert together * (p1 - p0) * relation_plan.aligned(n - p0) <= elements or p1 - p0 <= step
+def test_plan_keeps_to_the_workspace(clips, tokens, elements, step):
+    found, together = relation_plan.panels(clips, tokens, elements, step)
+    assert (
+        found[0][0] == 0
+        and found[-1][1] == tokens
+        and all(panel[1] == following[0] for panel, following in pairwise(found))
+    )
+    for start, end in found:
+        # only a panel of a single step may be larger than the workspace
+        assert start % step == 0
+        assert together * (end - start) * relation_plan.aligned(tokens - start) <= elements or end - start <= step
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 511])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200, 511])
 @pytest.mark.parametrize(("rows", "cols"), [(32, 64), (64, 64), (64, 32)])
 @pytest.mark.parametrize("panel", [64, 128, 4096])
-def test_tiles_cover_every_pair_once(n, rows, cols, panel):
+def test_tiles_cover_every_pair_once(tokens, rows, cols, panel):
     """Each row is computed once from its diagonal square on; with the mirror images, a panel's rows are complete."""
     side = max(rows, cols)
-    seen = torch.zeros(n, n, dtype=torch.int)
-    for p0 in range(0, n, panel):
-        p1 = min(p0 + panel, n)
-        written = torch.zeros(n, n, dtype=torch.int)
-        for row, col in relation_plan.tile_table(n, p0, p1, rows, cols, torch.device("cpu")).tolist():
-            seen[row : row + rows, col : col + cols] += 1
-            written[row : row + rows, col : col + cols] += 1
-            if row // side != col // side and col < p1:
-                written[col : col + cols, row : row + rows] += 1
-        assert (written[p0:p1, p0:] == 1).all()
-    square = torch.arange(n) // side
+    seen = torch.zeros(tokens, tokens, dtype=torch.int)
+    for start in range(0, tokens, panel):
+        end = min(start + panel, tokens)
+        written = torch.zeros(tokens, tokens, dtype=torch.int)
+        for row, column in relation_plan.tile_table(tokens, start, end, rows, cols, torch.device("cpu")).tolist():
+            seen[row : row + rows, column : column + cols] += 1
+            written[row : row + rows, column : column + cols] += 1
+            if row // side != column // side and column < end:
+                written[column : column + cols, row : row + rows] += 1
+        assert (written[start:end, start:] == 1).all()
+    square = torch.arange(tokens) // side
     assert torch.equal(seen, (square[:, None] <= square[None, :]).int())
 
 
@@ -165,6 +170,7 @@ def test_pairs_of_tokens_without_weight_are_left_out_exactly(monkeypatch):
     observed = launched["prepare_kernel"][0][10]
     if observed is not None:  # where pairs are left out at all
         assert 0 < observed.sum() < observed.numel()
+    # the same call again, now without leaving anything out
     make = relation_plan.Plan._scratch
     monkeypatch.setattr(relation_plan.Plan, "_scratch", lambda self: setattr(self, "skips", False) or make(self))
     relation_plan.plan.cache_clear()
@@ -176,7 +182,9 @@ def test_without_gradient_no_matrix_is_made(monkeypatch):
     student, teacher, named = inputs(2, 130, 40, 24)
     written = []
     outputs = relation_plan.Plan.outputs
-    monkeypatch.setattr(relation_plan.Plan, "outputs", lambda self, a: written.append(a) or outputs(self, a))
+    monkeypatch.setattr(
+        relation_plan.Plan, "outputs", lambda self, matrix: written.append(matrix) or outputs(self, matrix)
+    )
     with_gradient, _ = fused(student, teacher, **named)
     assert written[-1] is not None
     written.clear()
@@ -189,13 +197,14 @@ def test_without_gradient_no_matrix_is_made(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_to_the_bit(dtype):
     student, teacher, named = inputs(2, 133, 64, 40, dtype=dtype)
-    (a, x), (b, y) = (fused(student, teacher, **named) for _ in range(2))
-    assert torch.equal(a, b) and torch.equal(x, y)
+    (loss, gradient), (again, same) = (fused(student, teacher, **named) for _ in range(2))
+    assert torch.equal(loss, again) and torch.equal(gradient, same)
 
 
 def test_gradient_is_orthogonal_to_its_token():
     student, teacher, named = inputs(2, 130, 48, 24)
     _, gradient = fused(student, teacher, **named)
+    # a cosine does not change along its own vector, so neither does the loss
     along = (gradient.double() * student.double()).sum(-1).abs()
     assert (along <= 1e-6 * gradient.norm(dim=-1) * student.norm(dim=-1)).all() and gradient.norm() > 1e-3
 
@@ -215,6 +224,7 @@ def test_order_of_tokens_does_not_matter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_vectors_have_similarity_and_gradient_zero(dtype):
     student, teacher, named = inputs(1, 40, 32, 24, dtype=dtype)
+    # a token without a student's vector, one without a teacher's, and one without either
     student[0, [0, 7]], teacher[0, [3, 7]] = 0, 0
     loss, slope = truth(student, teacher, **named)
     found, gradient = fused(student, teacher, **named)
@@ -226,6 +236,7 @@ def test_zero_vectors_have_similarity_and_gradient_zero(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lengths_of_vectors_do_not_matter(scale, dtype):
     student, teacher, named = inputs(1, 97, 40, 24, dtype=dtype)
+    # of some tokens only, so that long and short vectors meet in one tile
     student[0, ::3] *= scale
     teacher[0, ::5] /= scale
     loss, slope = truth(student, teacher, **named)
@@ -249,8 +260,11 @@ def test_nothing_unwritten_is_read(monkeypatch, dtype):
     student, teacher, named = inputs(2, 97, 40, 24, dtype=dtype)
     expected = fused(student, teacher, **named)
     empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    # new memory is full of NaN: what is read before it is written shows in the results
+    monkeypatch.setattr(torch, "empty", lambda *given, **keywords: empty(*given, **keywords).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda *given, **keywords: empty_like(*given, **keywords).fill_(float("nan"))
+    )
     for space in (WORKSPACE, 0):
         monkeypatch.setattr(relation, "WORKSPACE", space)
         loss, gradient = fused(student, teacher, **named)
@@ -260,10 +274,10 @@ def test_nothing_unwritten_is_read(monkeypatch, dtype):
 def test_strided_inputs_and_upstream_gradient():
     student, teacher, named = inputs(2, 33, 16, 24)
     _, slope = fused(student, teacher, **named)
-    x = student.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    leaf = student.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     strided = {"frame_N": named["frame_N"].repeat_interleave(2)[::2], "weight_BN": named["weight_BN"].T.contiguous().T}
-    (-3.5 * relation_loss(x, teacher.repeat_interleave(2, -1)[..., ::2], impl="triton", **strided)).backward()
-    torch.testing.assert_close(x.grad, -3.5 * slope)
+    (-3.5 * relation_loss(leaf, teacher.repeat_interleave(2, -1)[..., ::2], impl="triton", **strided)).backward()
+    torch.testing.assert_close(leaf.grad, -3.5 * slope)
 
 
 def test_loss_scale_rescues_fp16_gradients():

@@ -37,17 +37,17 @@ def configs(write: bool) -> dict:
 
 def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) -> aot.Spec:
     dtype, penalty, framed, weighted, write, student_width, teacher_width = CASES[case]
-    c = config or configs(write)[arch, dtype != torch.float32]
-    kind, width = TYPES[dtype], c.cols // c.slices
+    chosen = config or configs(write)[arch, dtype != torch.float32]
+    kind, width = TYPES[dtype], chosen.cols // chosen.slices
 
     def block(rows, columns):
-        return f"tensordesc<{kind}[1, {rows}, {columns}]>" if c.use_tma else f"*{kind}"
+        return f"tensordesc<{kind}[1, {rows}, {columns}]>" if chosen.use_tma else f"*{kind}"
 
     signature = {
-        "x_rows": block(c.rows, c.depth),
-        "t_rows": block(c.rows, c.depth),
-        "x_cols": block(c.cols, c.depth),
-        "t_cols": block(c.cols, c.depth),
+        "x_rows": block(chosen.rows, chosen.depth),
+        "t_rows": block(chosen.rows, chosen.depth),
+        "x_cols": block(chosen.cols, chosen.depth),
+        "t_cols": block(chosen.cols, chosen.depth),
         **dict.fromkeys(("inverse", "ratio", "factor", "partial"), "*fp32"),
         **dict.fromkeys(("partial_stride", "first_partial", "N", "padded", "blocks"), "i32"),
         **dict.fromkeys(("out_rows", "out_cols", "first_clip", "origin", "end"), "i32"),
@@ -57,12 +57,12 @@ def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) 
     constants = {
         "D": student_width,
         "E": teacher_width,
-        "ROWS": c.rows,
-        "COLS": c.cols,
-        "DEPTH": c.depth,
-        "SLICES": c.slices,
-        "SQUARE": c.square,
-        "SKIP": c.skip,
+        "ROWS": chosen.rows,
+        "COLS": chosen.cols,
+        "DEPTH": chosen.depth,
+        "SLICES": chosen.slices,
+        "SQUARE": chosen.square,
+        "SKIP": chosen.skip,
         "HUBER": HUBER,
     }
     constants |= {
@@ -71,33 +71,43 @@ def pair_spec(case: str, arch: int, config: relation_plan.Config | None = None) 
         "WEIGHTED": weighted,
         "WRITE": write,
         "UNIT": dtype == torch.float16,
-        "USE_TMA": c.use_tma,
+        "USE_TMA": chosen.use_tma,
     }
     constants |= {"PRECISION": "tf32x3", "INTERPRET": False}
     for name, kind_of, there in (
         ("frame", "*i32", framed),
         ("weight", "*fp32", weighted),
-        ("observed", "*i32", weighted and c.use_tma),
-        ("out", block(c.rows, width), write),
-        ("out_mirror", block(width, c.rows), write),
+        ("observed", "*i32", weighted and chosen.use_tma),
+        ("out", block(chosen.rows, width), write),
+        ("out_mirror", block(width, chosen.rows), write),
     ):
         (signature if there else constants)[name] = kind_of if there else None
     divisible = ("padded", "out_cols", *(name for name, kind_of in signature.items() if kind_of.startswith("*")))
-    options = {"maxnreg": c.registers} if c.registers else {}
-    return aot.Spec(f"{case} sm_{arch}", PAIRS, signature, constants, divisible, c.warps, c.stages, options, (arch,))
+    options = {"maxnreg": chosen.registers} if chosen.registers else {}
+    return aot.Spec(
+        f"{case} sm_{arch}", PAIRS, signature, constants, divisible, chosen.warps, chosen.stages, options, (arch,)
+    )
 
 
 def row_specs() -> list[aot.Spec]:
     """The kernels around the pairs, with the constants of their launches."""
-    x, fp32, int32 = "*bf16", "*fp32", "*i32"
-    prepare = {"student": x, "teacher": x, "inverse": fp32, "ratio": fp32, "factor": fp32, "scale": fp32}
+    bf16, fp32, int32 = "*bf16", "*fp32", "*i32"
+    prepare = {"student": bf16, "teacher": bf16, "inverse": fp32, "ratio": fp32, "factor": fp32, "scale": fp32}
     prepare |= {"N": "i32", "padded": "i32", "clips": "i32", "blocks": "i32"}
     prepare |= dict.fromkeys(("spatial", "temporal", "inverse_gain", "ratio_gain"), "fp32")
     weighted = {"weight": fp32, "padded_weight": fp32, "observed": int32}
     framed = {"order": int32, "run_start": int32, "cumulative": "*fp64"}
     half = {"student": "*fp16", "teacher": "*fp16", "unit": "*fp16"}
     loss = {"partial": fp32, "scale": fp32, "loss": fp32, "tiles": "i32", "clips": "i32"}
-    project = {"upstream": fp32, "product": fp32, "scale": fp32, "student": x, "gradient": x, "rows": "i32", "N": "i32"}
+    project = {
+        "upstream": fp32,
+        "product": fp32,
+        "scale": fp32,
+        "student": bf16,
+        "gradient": bf16,
+        "rows": "i32",
+        "N": "i32",
+    }
     optional = dict.fromkeys((*weighted, *framed, "unit"))
 
     def spec(name, kernel, signature, warps=4, options=None, **constants):
@@ -129,7 +139,7 @@ def row_specs() -> list[aot.Spec]:
 
 @pytest.fixture(scope="module")
 def usage():
-    return aot.compile_all([pair_spec(*at) for at in COMPILED] + row_specs())
+    return aot.compile_all([pair_spec(*compiled) for compiled in COMPILED] + row_specs())
 
 
 @pytest.mark.slow

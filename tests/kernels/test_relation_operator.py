@@ -16,25 +16,41 @@ def test_offsets_past_two_to_the_31(config, monkeypatch):
 
     Only that clip's memory is touched.
     """
-    n, d, clips = 70, 1024, 2**31 // (70 * 1024) + 2
-    g = torch.Generator().manual_seed(0)
-    small = torch.randn(1, n, d, generator=g).half()
-    large = torch.empty(clips, n, d, dtype=torch.float16)
+    tokens, width, clips = 70, 1024, 2**31 // (70 * 1024) + 2
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(1, tokens, width, generator=generator).half()
+    large = torch.empty(clips, tokens, width, dtype=torch.float16)
     large[-1] = small[0]
     assert large[-1].storage_offset() > 2**31
     monkeypatch.setattr(relation_plan, "choose_config", lambda *_: config)
     found = []
-    for x, clip in ((small, 0), (large, clips - 1)):
+    for student, clip in ((small, 0), (large, clips - 1)):
         key = relation_plan.Key(
-            len(x), n, d, d, x.dtype, x.device, False, None, 0.1, "hinge", 0.5, 0.5, True, n * 64 * 2, "tf32"
+            len(student),
+            tokens,
+            width,
+            width,
+            student.dtype,
+            student.device,
+            False,
+            None,
+            0.1,
+            "hinge",
+            0.5,
+            0.5,
+            True,
+            tokens * 64 * 2,
+            "tf32",
         )
         plan = relation_plan.Plan(key)
         panel = plan.panels[-1]
         assert panel.clips == slice(clip, clip + 1)
-        ones, partial = torch.ones(len(x), plan.padded), torch.zeros(len(x), plan.tiles)
+        ones, partial = torch.ones(len(student), plan.padded), torch.zeros(len(student), plan.tiles)
         matrix = plan.space_of(panel, torch.zeros(plan.space))
-        per_token = (ones, 0.5 * ones, None, None, None, torch.ones(len(x), 2))
-        panel.launch(*plan.operands(x, x), *plan.outputs(matrix), *per_token, panel.tiles, partial, *panel.fixed)
+        per_token = (ones, 0.5 * ones, None, None, None, torch.ones(len(student), 2))
+        panel.launch(
+            *plan.operands(student, student), *plan.outputs(matrix), *per_token, panel.tiles, partial, *panel.fixed
+        )
         found.append((partial[clip], matrix.clone()))
     (near_sums, near_matrix), (far_sums, far_matrix) = found
     assert near_sums.abs().sum() > 0
@@ -56,7 +72,7 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_changes_no_bit(dtype, inside):
     student, teacher, named = inputs(2, 40, 16, 8, dtype=dtype)
-    regions.assert_same(lambda x: relation_loss(x, teacher, impl="triton", **named), student, inside)
+    regions.assert_same(lambda argument: relation_loss(argument, teacher, impl="triton", **named), student, inside)
 
 
 def test_torch_compile_does_not_break():
@@ -64,14 +80,14 @@ def test_torch_compile_does_not_break():
     loss, gradient = fused(student, teacher, **named)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(x):
-        return 2 * relation_loss(2 * x, teacher, impl="triton", **named)
+    def compiled(argument):
+        return 2 * relation_loss(2 * argument, teacher, impl="triton", **named)
 
-    x = student.clone().requires_grad_()
-    found = compiled(x)
+    leaf = student.clone().requires_grad_()
+    found = compiled(leaf)
     found.backward()
     torch.testing.assert_close(found.detach(), 2 * loss)
-    torch.testing.assert_close(x.grad, 2 * gradient)
+    torch.testing.assert_close(leaf.grad, 2 * gradient)
 
 
 def test_who_serves_what():
@@ -80,20 +96,20 @@ def test_who_serves_what():
         relation_loss(student.double(), teacher.double(), impl="triton")
     if DEVICE.type == "cpu":
         assert support.INTERPRET
-        x = student.clone().requires_grad_()
-        assert "Chunked" in str(relation_loss(x, teacher).grad_fn), "auto must not interpret"
+        leaf = student.clone().requires_grad_()
+        assert "Chunked" in str(relation_loss(leaf, teacher).grad_fn), "auto must not interpret"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [4097, 13_000])
-def test_real_sizes(n):
+@pytest.mark.parametrize("tokens", [4097, 13_000])
+def test_real_sizes(tokens):
     """One panel, and several with the real workspace, at the widths of Wan 1.3B and V-JEPA 2 L."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     student, teacher = (
-        torch.randn(1, n, width, generator=generator, device="cuda").bfloat16() for width in (1536, 1024)
+        torch.randn(1, tokens, width, generator=generator, device="cuda").bfloat16() for width in (1536, 1024)
     )
-    frame = torch.arange(n, device="cuda") // 256
-    weight = torch.rand(1, n, generator=generator, device="cuda")
+    frame = torch.arange(tokens, device="cuda") // 256
+    weight = torch.rand(1, tokens, generator=generator, device="cuda")
     options = {"frame_N": frame, "weight_BN": weight, "margin": 0.02}
     loss, slope = relations.loss_and_gradient(student.double(), teacher.double(), impl="chunked", **options)
     found, gradient = fused(student, teacher, **options)
@@ -102,11 +118,11 @@ def test_real_sizes(n):
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
-    n, d = 256, 4096
-    clips = 2**31 // (n * d) + 2
-    g = torch.Generator(device="cuda").manual_seed(0)
-    one = torch.randn(1, n, d, generator=g, device="cuda").bfloat16()
-    student = one.expand(clips, n, d).contiguous()
+    tokens, width = 256, 4096
+    clips = 2**31 // (tokens * width) + 2
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    one = torch.randn(1, tokens, width, generator=generator, device="cuda").bfloat16()
+    student = one.expand(clips, tokens, width).contiguous()
     loss, gradient = fused(one, one[..., :64].contiguous())
     found, wide = fused(student, student[..., :64].contiguous(), upstream=clips)
     assert found.item() == pytest.approx(loss.item(), rel=1e-6)

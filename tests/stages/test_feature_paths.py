@@ -1,5 +1,7 @@
 """The picture of a ball's path through feature space."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,10 +22,9 @@ def test_turning_angle():
 
 def test_features_are_read_at_the_point():
     grid = torch.arange(12.0).view(1, 2 * 2 * 3, 1)  # value = token number, grid (2, 2, 3)
-    at = figure._features_at(
-        Tokens(grid, (2, 2, 3)), torch.tensor([[[0.5, 0.25], [1 / 6, 0.75]]])
-    )  # x, y of token centres
-    assert at.flatten().tolist() == pytest.approx([1.0, 9.0], abs=1e-5)
+    centres = torch.tensor([[[0.5, 0.25], [1 / 6, 0.75]]])  # x, y of two tokens
+    features = figure._features_at(Tokens(grid, (2, 2, 3)), centres)
+    assert features.flatten().tolist() == pytest.approx([1.0, 9.0], abs=1e-5)
 
 
 def test_written_once_with_a_panel_each(open_run, monkeypatch):
@@ -32,8 +33,6 @@ def test_written_once_with_a_panel_each(open_run, monkeypatch):
     run.export("aligned", run.fresh)
     write_feature_paths(run)
     path = run.folder / "eval" / "figure.json"
-    import json
-
     found = json.loads(path.read_text())
     assert set(found) == {"V-JEPA", "base", "aligned"}
     assert found["base"]["turning"] == pytest.approx(found["aligned"]["turning"])  # a fresh adapter changes nothing

@@ -13,9 +13,9 @@ from ldo.stages import gate
 from ldo.stages.gate import gate_table, gate_verdict, rank_matched_pairs
 
 FOUND = {
-    "kinds": {k: 0.95 for k in PAIR_KINDS},
+    "kinds": {kind: 0.95 for kind in PAIR_KINDS},
     "all_kinds": 0.95,
-    "controls": {k: 1.0 for k in CONTROLS},
+    "controls": {control: 1.0 for control in CONTROLS},
     "restitution_preference": 0.52,
     "spearman": 0.45,
 }

@@ -24,7 +24,7 @@ from ldo.stages.clips import prepare_clips
 from ldo.stages.encoded_clips import EncodedClips
 from ldo.train import main
 from tests.helpers import recipes
-from tests.helpers.films import cut, encode, no_frames, ramp, scratched, shake, sound_only
+from tests.helpers.video_files import cut, encode, no_frames, ramp, scratched, shake, sound_only
 from tests.helpers.forked import start_run
 from tests.helpers.interrupt import interrupted
 

@@ -1,4 +1,4 @@
-"""Video files as cameras and downloads have them, sound and broken."""
+"""Video files as cameras and downloads produce them, good ones and broken ones."""
 
 from fractions import Fraction
 
@@ -7,19 +7,19 @@ import numpy as np
 
 
 def ramp(count=24, height=48, width=64):
-    """Frames whose top left quarter tells their number: red 10 k, up to 25 of them.
+    """Frames whose top left quarter shows their number k as red 10 k, for up to 25 frames.
 
     The left half of the rest is blue.
     """
     frames = np.zeros((count, height, width, 3), np.uint8)
     frames[:, :, : width // 2, 2] = 200
-    for k in range(count):
-        frames[k, : height // 2, : width // 2] = (10 * k % 250, 0, 0)
+    for number in range(count):
+        frames[number, : height // 2, : width // 2] = (10 * number % 250, 0, 0)
     return frames
 
 
 def encode(path, frames, fps=24, codec="libx264", pixels="yuv420p", times=None, turn=None, pixel=None, faststart=False):
-    """A file as cameras and downloads have it; ``times`` in milliseconds makes its rate variable."""
+    """A file as a camera or a download has it; ``times`` in milliseconds make its frame rate variable."""
     with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
         track = container.add_stream(codec, rate=fps)
         track.height, track.width = frames.shape[1:3]
@@ -30,9 +30,9 @@ def encode(path, frames, fps=24, codec="libx264", pixels="yuv420p", times=None, 
             track.codec_context.sample_aspect_ratio = pixel
         base = Fraction(1, fps) if times is None else Fraction(1, 1000)
         track.codec_context.time_base = base
-        for k, image in enumerate(frames):
+        for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = k if times is None else times[k], base
+            frame.pts, frame.time_base = number if times is None else times[number], base
             container.mux(track.encode(frame))
         container.mux(track.encode())
     return path
