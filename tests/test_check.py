@@ -34,7 +34,8 @@ def nothing_loads(monkeypatch):
 
 
 def fails(capsys, *argv):
-    """Run both entries; return the one line they print."""
+    """Run both commands; return the one line that each prints."""
+    # both must refuse, and for the same reason: whoever checked a recipe must not be surprised by the trainer
     for main in (train.main, check_main):
         assert main([str(argument) for argument in argv]) == 2
         lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("probe ")]
@@ -168,7 +169,7 @@ def test_a_projector_is_refused_only_where_stage_two_would_lack_it(recipe, chang
     assert check_main([recipe(teacher__projector="mlp"), *change.split(), "--no-models"]) == 0
 
 
-def test_sound_recipe(capsys, recipe, videos):
+def test_a_sound_recipe_passes(capsys, recipe, videos):
     assert check_main([recipe(), f"data.videos={videos}", "--no-models"]) == 0
     out = capsys.readouterr().out
     assert "(5, 4, 4) tokens" in out and "The recipe is sound." in out
@@ -177,6 +178,7 @@ def test_sound_recipe(capsys, recipe, videos):
 def test_a_run_is_not_continued_with_another_recipe(capsys, recipe, monkeypatch):
     monkeypatch.setattr(sequence, "run_stages", lambda *_: None)
     path = recipe()
+    # the first start records the recipe, a second one with the same recipe is fine
     assert train.main([path]) == 0
     assert train.main([path]) == 0
     capsys.readouterr()
@@ -203,6 +205,7 @@ def test_a_run_is_not_continued_with_another_recipe(capsys, recipe, monkeypatch)
 def test_what_needs_no_model_is_done_without_pytorch(recipe, command):
     """In a quarter of a second and not in two: neither PyTorch nor a model library is imported."""
     module, *arguments = command.format(recipe=recipe()).split()
+    # a process of its own: this one imported PyTorch long ago
     code = (
         "import runpy, sys\n"
         f"sys.argv[1:] = {arguments}\n"

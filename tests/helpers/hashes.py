@@ -2,7 +2,7 @@
 
 A change that is meant to keep all numbers must print the same hashes before and after, on one machine: keep the output
 of the version before (``> before.txt``) and give it to the version after. The first run is the recipe's own; the second
-takes the other turns: GRPO instead of NFT, the base's own samples as clips, guidance, micro-batches, a projector.
+takes the other branches: GRPO instead of NFT, the base's own samples as clips, guidance, micro-batches, a projector.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 @contextmanager
 def interrupted(module: ModuleType, name: str, call: int) -> Iterator[None]:
-    """The body must die of a KeyboardInterrupt, raised in place of call number ``call`` of ``module.name``."""
+    """The body must end with a KeyboardInterrupt, raised in place of call number ``call`` of ``module.name``."""
     real, calls = getattr(module, name), []
 
     def dies(*args):

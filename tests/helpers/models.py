@@ -60,7 +60,7 @@ LTX = dict(**_SIZE, num_layers=2, cross_attention_dim=32, caption_channels=16)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """A tokenizer whose vocabulary is ``WORDS``: one token a word."""
     inner = Tokenizer(
         models.WordLevel(
             {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, unk_token="<unk>"
@@ -297,7 +297,7 @@ def write_vjepa(folder: Path, seed: int = 0, crop: int = 32) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- transformers alone
+# ---------------------------------------------------------------------------------------------- single transformers
 
 
 def transformer(family: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
@@ -343,9 +343,10 @@ def transformer(family: str, seed: int = 0) -> tuple[torch.nn.Module, dict]:
 
 
 def adapter(generator: Generator, rank: int = 4, alpha: float = 8.0) -> dict[str, torch.nn.Parameter]:
-    """Put an adapter with something in it on a generator."""
+    """Put an adapter with random weights on a generator."""
     parameters = lora.add(generator.transformers, rank, alpha, generator.lora_targets, seed=0)
     rng = torch.Generator().manual_seed(1)
+    # a fresh adapter changes nothing, and so would hide one that is ignored
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.normal_(0, 0.3, generator=rng)

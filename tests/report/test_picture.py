@@ -64,7 +64,7 @@ def test_short_and_wide_videos_fit():
     assert picture.width == LABEL_WIDTH + 3 * (2 * FRAME_HEIGHT + GAP) - GAP
 
 
-def test_what_the_run_lacks_is_told_in_one_line(run, tmp_path, capsys):
+def test_what_the_run_lacks_is_reported_in_one_line(run, tmp_path, capsys):
     def told(*arguments):
         assert main([*map(str, arguments), "--out", str(tmp_path / "picture.png")]) == 2
         return capsys.readouterr().err
