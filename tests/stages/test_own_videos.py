@@ -24,9 +24,9 @@ from ldo.stages.clips import prepare_clips
 from ldo.stages.encoded_clips import EncodedClips
 from ldo.train import main
 from tests.helpers import recipes
-from tests.helpers.video_files import cut, encode, no_frames, ramp, scratched, shake, sound_only
 from tests.helpers.forked import start_run
 from tests.helpers.interrupt import interrupted
+from tests.helpers.video_files import cut, encode, no_frames, ramp, scratched, shake, sound_only
 
 BUCKETS = [[17, 32, 32], [17, 32, 48], [17, 48, 32], [33, 32, 32]]
 BROKEN = ("cut.mp4", "empty.mp4", "hole.avi", "nothing.mp4", "short.mp4", "small.mp4", "sound.mp4", "text.mp4")
