@@ -177,7 +177,7 @@ def reinforce_stage(counts: MemoryCounts) -> Stage:
     )
     if settings.align_weight or settings.flow_weight:
         clip_phase = _clip_training(counts, "align" if settings.align_weight else "sft", adapter)
-        phases.append(Phase("clips beside", clip_phase.weights, adapter, held + clip_phase.held, clip_phase.work))
+        phases.append(Phase("losses on clips", clip_phase.weights, adapter, held + clip_phase.held, clip_phase.work))
     phases.append(_optimizer_step(counts, adapter, held))
     return Stage("reinforce", tuple(phases), 2 * counts.lora + counts.kept_texts)
 

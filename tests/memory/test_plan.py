@@ -56,15 +56,15 @@ def test_guidance_trains_through_two_passes(plan):
     assert 1.9 < work(rl__guidance=3.0) / work() < 2.1
 
 
-def test_clips_beside_the_rollout_take_what_their_losses_do_in_stage_one(plan):
-    def beside(loss):
+def test_losses_on_clips_in_stage_two_take_what_they_do_in_stage_one(plan):
+    def in_stage_two(loss):
         memory_plan = plan(stages=["reinforce"], **{f"rl__{loss}_weight": 0.1})
-        return find_phase(memory_plan, "reinforce", "clips beside").work
+        return find_phase(memory_plan, "reinforce", "losses on clips").work
 
-    def alone(stage):
+    def in_stage_one(stage):
         return find_phase(plan(stages=[stage]), stage, "train on").work
 
-    assert beside("flow") == alone("sft") < beside("align") == alone("align")
+    assert in_stage_two("flow") == in_stage_one("sft") < in_stage_two("align") == in_stage_one("align")
 
 
 def test_both_experts_carry_an_adapter(plan):
