@@ -89,8 +89,9 @@ def _score(arguments: argparse.Namespace, videos: list[Path], settings: ScoreSet
 def _settings(arguments: argparse.Namespace) -> tuple[ScoreSettings, dict | None]:
     """Settings from the recipe and the options that replace its values, and the world model's config if it is here."""
     recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe()
-    if arguments.stride is not None and arguments.stride < 1:
-        raise RecipeError(f"--stride is {arguments.stride}; it must be above 0")
+    for option, value in (("window", arguments.window), ("stride", arguments.stride), ("batch", arguments.batch)):
+        if value is not None and value < 1:
+            raise RecipeError(f"--{option} is {value}; it must be above 0")
     given = {"window": arguments.window, "stride": arguments.stride, "contexts": arguments.contexts}
     critic = recipe.critic.changed(**{key: value for key, value in given.items() if value is not None})
     folder, config = world_model_folder(arguments.world_model or recipe.world_model.path, "--world-model")
@@ -99,8 +100,6 @@ def _settings(arguments: argparse.Namespace) -> tuple[ScoreSettings, dict | None
         fps = critic.fps or (0.0 if _shipped(folder) else PRETRAINED_FPS)
     if fps < 0:
         raise RecipeError(f"--fps is {fps:g}; give frames per second, or 0 for each video's own rate")
-    if arguments.batch < 1:
-        raise RecipeError(f"--batch is {arguments.batch}; it must be above 0")
     dtype = arguments.dtype or recipe.world_model.dtype
     return ScoreSettings(world_model=folder, critic=critic, fps=fps, dtype=dtype), config
 

@@ -242,6 +242,7 @@ def test_default_world_model_is_the_sandboxes_and_says_so(folder, capsys):
         (["{v}", "--window", "15"], "takes a multiple of 2 of at most 16"),
         (["{v}", "--window", "32"], "at most 16"),
         (["{v}", "--contexts", "4,16"], "below the window of 16"),
+        (["{v}", "--window", "0"], "--window is 0"),
         (["{v}", "--stride", "0"], "--stride is 0"),
         (["{v}", "--fps", "-1"], "--fps is -1"),
         (["{v}", "--batch", "0"], "--batch is 0"),
