@@ -18,6 +18,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # inside the package in a wheel, next to it in a checkout
 _RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
 DEFAULT_RECIPE = _RECIPES / "sandbox.yaml"
+FAIR_PREFERENCE = 0.1  # the gate: how far from one half the preference for a restitution may be
 
 
 def _from_text(value: Any) -> Any:

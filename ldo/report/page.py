@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
+from ldo.core.config import FAIR_PREFERENCE
 from ldo.report.charts import line_chart, path_chart, smooth
 from ldo.report.evaluation import find_verdict, metric_table, side_by_side
 from ldo.report.render import render_template
@@ -50,7 +51,7 @@ def tabulate_gate(gate: dict | None) -> GateTable | None:
     rows += [share_row(f"control: {name}", share, "each_kind") for name, share in gate["controls"].items()]
     # Both restitutions are lawful, so a sound critic has no preference.
     preference = gate["restitution_preference"]
-    indifferent = abs(preference - 0.5) <= 0.1
+    indifferent = abs(preference - 0.5) <= FAIR_PREFERENCE
     rows.append(GateRow("restitution 1.0 preferred to 0.6", f"{preference:.1%}", "40–60%", indifferent))
     if "spearman" in gate:
         correlation, bar = gate["spearman"], bars["spearman"]

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ldo.core.batch_sizes import GATE_CLIPS
-from ldo.core.config import CriticConfig, GateConfig, to_plain
+from ldo.core.config import FAIR_PREFERENCE, CriticConfig, GateConfig, to_plain
 from ldo.core.distributed import barrier
 from ldo.core.errors import TrainingError
 from ldo.core.files import write_text
@@ -30,8 +30,6 @@ from ldo.run.state import Run
 from ldo.sandbox.exact import ExactMetrics, exact_metrics
 from ldo.sandbox.matched_pairs import draw_bounces, draw_controls, draw_pairs
 from ldo.stages.collect import group_noise, video_latent_shape
-
-FAIR = 0.1  # how far from one half the preference for a restitution may be
 
 
 def enforce_gate(run: Run) -> None:
@@ -191,7 +189,7 @@ def gate_verdict(found: dict, gate: GateConfig) -> dict:
             )
     preference = found["restitution_preference"]
     # Both bounces are sound physics: a critic with a taste in them would teach the policy that taste.
-    if abs(preference - 0.5) > FAIR:
+    if abs(preference - 0.5) > FAIR_PREFERENCE:
         failures.append(
             f"restitution 1.0 is preferred to 0.6 in {preference:.1%} of pairs; 40-60% would be no preference"
         )
@@ -213,7 +211,7 @@ def gate_table(result: dict) -> str:
     for name, value, needed in rows:
         lines.append(f"  {name:32} {value:7.1%} {needed:7.0%}  {'' if value >= needed else 'FAILS'}")
     preference = result["restitution_preference"]
-    fair = abs(preference - 0.5) <= FAIR
+    fair = abs(preference - 0.5) <= FAIR_PREFERENCE
     lines.append(f"  {'restitution 1.0 over 0.6':32} {preference:7.1%}  40-60%  {'' if fair else 'FAILS'}")
     if "spearman" in result:
         value, needed = result["spearman"], bars["spearman"]

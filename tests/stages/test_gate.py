@@ -40,7 +40,7 @@ def test_shipped_world_model_does_not_mind_how_high_a_ball_bounces():
     """A preference near one half takes more pairs to tell than the kinds of violations do."""
     critic = read_recipe(DEFAULT_RECIPE).critic
     found = gate._rank_bounces(WorldModel.load(WORLD_MODEL), critic, 80, seed=3, active=False)
-    assert abs(found["restitution_preference"] - 0.5) <= gate.FAIR
+    assert abs(found["restitution_preference"] - 0.5) <= gate.FAIR_PREFERENCE
 
 
 def surely_above(bar: float, share: float, pairs: int) -> bool:
