@@ -310,8 +310,7 @@ def environment(gpu: bool) -> dict[str, str]:
     import torch
 
     variables = os.environ | {"PYTHONUNBUFFERED": "1"}
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "kernels"), os.environ.get("PYTHONPATH", "")]
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # set for tests on a CPU; kernels would then run in Python on a GPU too
     variables.pop("TRITON_INTERPRET", None)
     if gpu:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldo.core.config import DEFAULT_RECIPE
 from ldo.core.errors import RecipeError
 from ldo.core.recipe_file import read_recipe
 from ldo.run.rules import check_processes
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a recipe without loading a model, and print how much memory it needs.",
         epilog="Exit code: 0 sound (and fits, where the memory is known), 1 does not fit, 2 a mistake in the recipe.",
     )
-    parser.add_argument("recipe", nargs="?", default="recipes/sandbox.yaml")
+    parser.add_argument("recipe", nargs="?", default=str(DEFAULT_RECIPE))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the work (default 1)")
     parser.add_argument("--memory", metavar="80G", help="memory of one GPU; default: that of the GPU here, if any")
@@ -56,14 +57,14 @@ def _memory(validated: ValidatedRecipe, gpus: int, memory: str | None) -> tuple[
 
     limit = parse_memory(memory) if memory else gpu_memory_here()
     clips = None if validated.clips is None else len(validated.clips)
-    sampling_plan = plan_memory(validated.recipe, validated.model, validated.world_model, gpus, clips)
-    if sampling_plan is None:
+    memory_plan = plan_memory(validated.recipe, validated.model, validated.world_model, gpus, clips)
+    if memory_plan is None:
         unknown = "memory       unknown: these models' configurations are neither here nor shipped; give a folder"
         return unknown, "", True
-    table = memory_table(sampling_plan)
+    table = memory_table(memory_plan)
     if limit is None:
         return table, "", True
-    fits, verdict = memory_verdict(sampling_plan, limit)
+    fits, verdict = memory_verdict(memory_plan, limit)
     return table, verdict, fits
 
 

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ldo: {error}", file=sys.stderr)
         return 2
     for arm, metrics in result["metrics"].items():
-        values = (f"{name} {m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in metrics.items())
+        values = (
+            f"{name} {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" for name, found in metrics.items()
+        )
         print(f"{arm:8}", "  ".join(values))
     return 0
 

@@ -39,7 +39,7 @@ class VideoInfo:
     seconds: float
 
     def count(self, fps: float = 0.0) -> int:
-        """How many frames ``stream(path, fps)`` gives."""
+        """How many frames ``stream_frames(path, fps)`` gives."""
         return int(self.seconds * fps + 0.5 - SLACK) + 1 if fps else self.frames
 
 

@@ -132,7 +132,7 @@ def _source(path: Path, out: Path, embed: bool) -> str | None:
 def score_page(records: list[dict], settings: dict, out: Path, embed: bool = False) -> str:
     """The page as HTML, lowest reward first.
 
-    ``rows`` are the records of ``ldo.score``, ``out`` is the folder that the page will be written to.
+    ``records`` are those of ``ldo.score``, ``out`` is the folder that the page will be written to.
     """
     scored_records = [record for record in records if "problem" not in record]
     videos = []

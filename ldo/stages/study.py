@@ -54,9 +54,8 @@ def run_arms(recipe: str, overrides: list[str], seeds: int) -> dict:
             if name == "sft":
                 sources["base"] = "base"
             for label, source in sources.items():
-                records = json.loads((Path(base_recipe.out) / run_name / "eval" / f"{source}.json").read_text())[
-                    "moving"
-                ]
+                measured = Path(base_recipe.out) / run_name / "eval" / f"{source}.json"
+                records = json.loads(measured.read_text())["moving"]
                 violating = sum(bool(record["violations"]) for record in records)
                 pooled.setdefault(label, []).extend(records)
                 by_seed.setdefault(label, []).append(violating / len(records))

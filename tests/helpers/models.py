@@ -90,8 +90,19 @@ def write_wan(folder: Path, seed: int = 0, experts: int = 1, expand: bool = Fals
         eos_token_id=1,
         dropout_rate=0.0,
     )
-    form = (
-        dict(
+    vae_config = dict(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+        latents_mean=[0.1, 0.0, -0.1, 0.2],
+        latents_std=[1.0, 0.9, 1.1, 0.8],
+    )
+    if expand:
+        vae_config |= dict(
             is_residual=True,
             dim_mult=[1, 2, 2],
             patch_size=2,
@@ -100,21 +111,7 @@ def write_wan(folder: Path, seed: int = 0, experts: int = 1, expand: bool = Fals
             decoder_base_dim=4,
             scale_factor_spatial=8,
         )
-        if expand
-        else {}
-    )
-    vae = AutoencoderKLWan(
-        **dict(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True, True],
-            scale_factor_temporal=4,
-        )
-        | dict(scale_factor_spatial=4, latents_mean=[0.1, 0.0, -0.1, 0.2], latents_std=[1.0, 0.9, 1.1, 0.8])
-        | form
-    )
+    vae = AutoencoderKLWan(**vae_config)
     transformers = [WanTransformer3DModel(**WAN) for _ in range(experts)]
     for transformer in transformers:
         torch.nn.init.normal_(transformer.proj_out.weight, std=0.25)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldo.core.errors import RecipeError, TrainingError
+from ldo.core.optimizer import warmup_rate
 from ldo.models.generator.families import load_generator
 from ldo.models.generator.protocol import Generator, Options
 from ldo.sandbox.build.base import LENGTH, save_half
@@ -48,7 +49,7 @@ def rate_factor(step: int, warmup: int, decay: tuple[int, int] | None) -> float:
 
     The decay starts at its first step, and meets zero one step past its last.
     """
-    rising = min(1.0, (step + 1) / warmup)
+    rising = warmup_rate(1.0, step, warmup)
     if decay is None:
         return rising
     first, steps = decay
