@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from ldo.core.step_log import read_steps
+from ldo.core.files import read_json_lines
 from ldo.models.lora import read_lora
 from ldo.train import main
 from tests.helpers import recipes
@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_does(whole, recipe):
         of_pair, of_one = read_lora(pair / "lora" / arm), read_lora(alone / "lora" / arm)
         for name in of_pair:
             assert torch.allclose(of_pair[name], of_one[name], atol=2e-4), (arm, name)
-    for row, expected in zip(read_steps(pair / "sft.jsonl"), read_steps(alone / "sft.jsonl"), strict=True):
+    for row, expected in zip(read_json_lines(pair / "sft.jsonl"), read_json_lines(alone / "sft.jsonl"), strict=True):
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 

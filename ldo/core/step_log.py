@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ldo.core.config import Recipe
-from ldo.core.files import write_text
+from ldo.core.files import read_json_lines, write_json_lines
 from ldo.core.loggers import Loggers
 
 
@@ -21,8 +21,8 @@ class StepLog:
         if not active:
             return
         # A killed run may have logged steps after its last checkpoint; it will log them again.
-        kept = [row for row in read_steps(self.path) if row["step"] < step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_json_lines(self.path) if row["step"] < step]
+        write_json_lines(self.path, kept)
         self._file = open(self.path, "a")  # noqa: SIM115 - open for as long as the stage runs
         self._loggers = Loggers(recipe or Recipe(), run, stage, step)
 
@@ -40,15 +40,3 @@ class StepLog:
         if self.active:
             self._file.close()
             self._loggers.close()
-
-
-def read_steps(path: Path) -> list[dict]:
-    """The lines of a log; a last line cut short by a kill is dropped."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows

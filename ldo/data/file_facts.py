@@ -52,7 +52,7 @@ def file_facts(files: Sequence[Path], journal: Path, make: Callable[[Path], dict
     journal is JSON lines, appended as they come, so a killed process loses at most a line. Of processes that ask at the
     same time the first makes the facts, and the others wait and read them.
     """
-    stamps = {file: _stamp(file) for file in files}
+    stamps = {file: file_stamp(file) for file in files}
     with file_lock(journal.with_suffix(".lock")):
         known = _read_journal(journal)
         unknown = [file for file in stamps if stamps[file] not in known]
@@ -76,7 +76,8 @@ def file_facts(files: Sequence[Path], journal: Path, make: Callable[[Path], dict
     return [known[stamps[file]] for file in files]
 
 
-def _stamp(file: Path) -> str:
+def file_stamp(file: Path) -> str:
+    """What a file counts as the same by: its path, size and time of change."""
     status = file.stat()
     return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
 

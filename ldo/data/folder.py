@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldo.core.config import DataConfig
 from ldo.core.errors import RecipeError
-from ldo.core.files import write_text
+from ldo.core.files import write_json_lines
 from ldo.data.buckets import Size, choose_bucket
 from ldo.data.captions import Caption, read_captions
 from ldo.data.file_facts import content_hash, file_facts, file_lock
@@ -81,7 +80,7 @@ def _write_report(report: Path, rows: list[dict], store: Path) -> None:
     ordered = sorted(rows, key=lambda row: "bad" not in row)
     # every process of a run writes this report, the same one
     with file_lock(store / "report.lock"):
-        write_text(report, "".join(json.dumps(row) + "\n" for row in ordered))
+        write_json_lines(report, ordered)
 
 
 def _refuse(folder: Path, config: DataConfig, problems: list[str], report: Path | None, total: int) -> None:

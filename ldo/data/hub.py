@@ -8,13 +8,12 @@ decoder of its own: videos are taken as files.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ldo.core.errors import RecipeError
-from ldo.core.files import write_text
+from ldo.core.files import write_json_lines
 from ldo.core.progress import with_bar
 from ldo.data.file_facts import file_lock
 
@@ -74,7 +73,7 @@ def clips_folder(videos: str, caption: str, store: Path) -> Path:
                 {"file_name": _file(record[video_column], folder, videos), "text": record[caption]}
                 for record in with_bar("dataset", dataset, len(dataset))
             ]
-            write_text(folder / "metadata.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            write_json_lines(folder / "metadata.jsonl", records)
     return folder
 
 

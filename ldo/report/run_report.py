@@ -13,8 +13,7 @@ from pathlib import Path
 import yaml
 
 from ldo import __version__
-from ldo.core.files import write_text
-from ldo.core.step_log import read_steps
+from ldo.core.files import read_json_lines, write_text
 from ldo.report.page import report_page
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
@@ -73,6 +72,6 @@ def write_report(run: Path) -> Path:
     """Write report.json and report.html from what the run's folder holds so far; returns the path of report.html."""
     report = collect_report(run)
     write_text(run / "report.json", json.dumps(report, indent=1))
-    logs = {name: read_steps(run / f"{name}.jsonl") for name in LOGS}
+    logs = {name: read_json_lines(run / f"{name}.jsonl") for name in LOGS}
     write_text(run / "report.html", report_page(run, report, logs, _json(run / "eval" / "figure.json")))
     return run / "report.html"

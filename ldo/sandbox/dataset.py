@@ -1,12 +1,11 @@
-"""The sandbox on disk: clips as lossless mp4 with metadata.jsonl, and prompts as JSON lines; and the shipped models."""
+"""The sandbox on disk: clips as lossless mp4 with metadata.jsonl, and prompts as JSON lines."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-from ldo.core.files import write_text
+from ldo.core.files import write_json_lines
 from ldo.core.rng import numpy_rng
 from ldo.data.video import to_images, write_video
 from ldo.sandbox import corrupt, scenes, simulate
@@ -43,7 +42,7 @@ def write_clips(
         lines.append(
             {"file_name": name, **_line(clip.scene, clip.path_length), "violation": clip.violation, "event": clip.event}
         )
-    (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(part / "metadata.jsonl", lines)
     part.rename(folder)
 
 
@@ -58,7 +57,7 @@ def write_prompts(path: Path, count: int, seed: int, split: str = "train", rest:
         while not rest and scene.kind == "stack":
             scene = scenes.sample_scene(rng, split)
         lines.append(_line(scene, simulate.track(scene).path_length))
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(path, lines)
 
 
 def prompt_of(text: str, extra: dict) -> Prompt | None:

@@ -6,7 +6,6 @@ reads the rows of a step when it comes to them.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ldo.core.distributed import barrier, gather_objects
 from ldo.core.errors import TrainingError
-from ldo.core.files import write_text
+from ldo.core.files import read_json_lines, write_json_lines
 from ldo.core.progress import Bar
 from ldo.data.cache import entry_path, has_entry, read_entry, remove_leftovers, write_entry
 from ldo.data.folder import Clip
@@ -207,7 +206,7 @@ def _report_failed(run: Run, clips: list[Clip], failed: dict[int, str]) -> None:
     log.warning("clips: %s; they are left out", words)
     if run.processes.first:
         rows = [{"file": str(clips[index].path), "bad": reason} for index, reason in sorted(failed.items())]
-        write_text(run.folder / LOST_CLIPS, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(run.folder / LOST_CLIPS, rows)
 
 
 def _lost_before(run: Run) -> dict[str, str]:
@@ -215,6 +214,4 @@ def _lost_before(run: Run) -> dict[str, str]:
 
     A resumed run does so again, even where a disk has recovered: its numbers are those of the clips it began with.
     """
-    path = run.folder / LOST_CLIPS
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["file"]: row["bad"] for row in rows}
+    return {row["file"]: row["bad"] for row in read_json_lines(run.folder / LOST_CLIPS)}

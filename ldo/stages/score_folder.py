@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from ldo.core.config import CriticConfig, Section, flat_items, to_plain
 from ldo.core.errors import RecipeError
-from ldo.core.files import write_text
+from ldo.core.files import read_json_lines, write_json_lines, write_text
 from ldo.core.progress import Bar
-from ldo.core.step_log import read_steps as read_lines
+from ldo.data.file_facts import file_stamp
 from ldo.data.video import VIDEO_SUFFIXES
 from ldo.report.surprise import score_page
 
@@ -90,7 +90,7 @@ def check_windows(config: CriticConfig, tubelet: int, frames: int) -> None:
 
     ``tubelet`` are the frames of one of its tokens, ``frames`` those of the clips it was trained on.
     """
-    if not 0 < config.window <= frames or config.window % tubelet:
+    if config.window > frames or config.window % tubelet:
         raise RecipeError(
             f"--window is {config.window}; this world model takes a multiple of {tubelet} of at most {frames} frames"
         )
@@ -100,8 +100,6 @@ def check_windows(config: CriticConfig, tubelet: int, frames: int) -> None:
             f"--contexts is {list(config.contexts)}; give multiples of {tubelet} below the window of {config.window}, "
             "e.g. 4,8"
         )
-    if config.stride < 1:
-        raise RecipeError(f"--stride is {config.stride}; it must be above 0")
 
 
 def claim_scores(out: Path, settings: ScoreSettings) -> list[dict]:
@@ -121,9 +119,9 @@ def claim_scores(out: Path, settings: ScoreSettings) -> list[dict]:
             )
     else:
         write_text(path, json.dumps(current, indent=1))
-    records = read_lines(out / "results.jsonl")
+    records = read_json_lines(out / "results.jsonl")
     # Written back without a last line that a kill has cut short, so that the next record starts a line of its own.
-    write_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_json_lines(out / "results.jsonl", records)
     return records
 
 
@@ -147,8 +145,7 @@ def score_videos(
     try:
         with Bar("score", len(videos)) as progress, open(out / "results.jsonl", "a") as file:
             for path in videos:
-                file_status = path.stat()
-                identity = f"{path.resolve()} {file_status.st_size} {file_status.st_mtime_ns}"
+                identity = file_stamp(path)
                 record = finished.get(identity)
                 if record is None:
                     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from ldo.core.batch_sizes import SELF_CLIPS
 from ldo.core.distributed import barrier, gather_objects
+from ldo.core.files import write_json_lines
 from ldo.core.rng import torch_rng
 from ldo.data.folder import Clip
 from ldo.data.video import to_images, write_video
@@ -38,7 +38,7 @@ def sample_own_clips(run: Run) -> list[Clip]:
     barrier(run.processes)
     if run.processes.first:
         rows = [{"file_name": _name(index), "text": line.text, **line.extra} for index, line in enumerate(lines)]
-        (part / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(part / "metadata.jsonl", rows)
         part.rename(folder)
     barrier(run.processes)
     return run.read_own(folder)

@@ -15,8 +15,9 @@ from ldo.core import loggers
 from ldo.core.config import Recipe
 from ldo.core.distributed import Processes
 from ldo.core.errors import RecipeError
+from ldo.core.files import read_json_lines
 from ldo.core.loggers import Loggers, check_loggers
-from ldo.core.step_log import StepLog, read_steps
+from ldo.core.step_log import StepLog
 from ldo.run.claim import claim_run
 from ldo.run.validate import validate
 
@@ -100,7 +101,7 @@ def test_a_failing_logger_causes_one_warning(fake, tmp_path, caplog, call):
     warnings = [entry.message for entry in caplog.records if entry.name == "ldo.core.loggers"]
     # The error's message has two lines, the warning only one.
     assert warnings == [f"log: wandb failed (no {call} today); the run continues without it"]
-    assert [row["loss"] for row in read_steps(tmp_path / "align.jsonl")] == [0, 1, 2]
+    assert [row["loss"] for row in read_json_lines(tmp_path / "align.jsonl")] == [0, 1, 2]
     assert [name for name, *_ in sound.calls] == ["init", "log", "log", "log", "finish"]
     assert call not in [name for name, *_ in failing.calls]
     assert list((tmp_path / "tensorboard" / "align").iterdir())

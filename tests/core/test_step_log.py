@@ -1,6 +1,7 @@
 """Logs: one line for each step, and after a resume the log of an undisturbed run."""
 
-from ldo.core.step_log import StepLog, read_steps
+from ldo.core.files import read_json_lines
+from ldo.core.step_log import StepLog
 
 
 def write(run, step, count):
@@ -20,7 +21,7 @@ def test_resumed_log_is_the_undisturbed_one(tmp_path):
     # The last checkpoint was that of step 3, so steps 3 and 4 are logged a second time.
     write(resumed, 3, 3)
     assert (undisturbed / "align.jsonl").read_text() == (resumed / "align.jsonl").read_text()
-    assert read_steps(resumed / "align.jsonl")[-1] == {"step": 5, "loss": 5.0}
+    assert read_json_lines(resumed / "align.jsonl")[-1] == {"step": 5, "loss": 5.0}
 
 
 def test_tensorboard_has_the_metrics_too(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from ldo.core.checkpoint import load_checkpoint
 from ldo.core.errors import TrainingError
-from ldo.core.step_log import read_steps
+from ldo.core.files import read_json_lines
 from ldo.models.lora import read_lora
 from ldo.stages import align
 from ldo.stages.align import clip_losses, train_align
@@ -21,7 +21,7 @@ from tests.helpers.interrupt import interrupted
 def test_loss_falls_and_the_adapter_is_exported(open_run):
     run = open_run(align__steps=12)
     values = train_align(run, "align")
-    rows = read_steps(run.folder / "align.jsonl")
+    rows = read_json_lines(run.folder / "align.jsonl")
     assert [row["step"] for row in rows] == list(range(12))
     held_out = [row["held_out_pda"] for row in rows if "held_out_pda" in row]
     assert len(held_out) == 6 and held_out[-1] < held_out[0]
@@ -34,7 +34,7 @@ def test_control_sees_the_same_batches_without_the_teacher(open_run):
     run = open_run()
     train_align(run, "sft")
     train_align(run, "align")
-    sft, aligned = read_steps(run.folder / "sft.jsonl"), read_steps(run.folder / "align.jsonl")
+    sft, aligned = read_json_lines(run.folder / "sft.jsonl"), read_json_lines(run.folder / "align.jsonl")
     # the same clips, noise and times from the same adapter
     assert sft[0]["flow_loss"] == aligned[0]["flow_loss"]
     assert sft[-1]["flow_loss"] != aligned[-1]["flow_loss"]

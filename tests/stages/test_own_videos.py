@@ -11,8 +11,8 @@ import torch
 from ldo.core.checkpoint import load_checkpoint
 from ldo.core.distributed import Processes
 from ldo.core.errors import TrainingError
+from ldo.core.files import read_json_lines
 from ldo.core.recipe_file import read_recipe
-from ldo.core.step_log import read_steps
 from ldo.data.cache import read_entry
 from ldo.models.lora import read_lora
 from ldo.run.load import load_run
@@ -107,7 +107,7 @@ def test_clips_fall_into_buckets(open_own):
 def test_it_trains_and_resumes_bitwise(open_own, tmp_path):
     whole = open_own()
     expected = train_align(whole, "align")
-    rows = read_steps(whole.folder / "align.jsonl")
+    rows = read_json_lines(whole.folder / "align.jsonl")
     assert [row["step"] for row in rows] == list(range(6)) and all(row["pda_loss"] > 0 for row in rows)
     text = (whole.folder / "align.jsonl").read_text()
     shutil.rmtree(whole.folder)
@@ -216,7 +216,7 @@ def test_two_processes_train_what_one_does(recipe, tmp_path):
         return {path.name: read_entry(path) for path in (tmp_path / name).glob("*/*/*.safetensors")}
 
     def gradient_norms(name):
-        return [row["grad_norm"] for row in read_steps(tmp_path / "runs" / name / "align.jsonl")]
+        return [row["grad_norm"] for row in read_json_lines(tmp_path / "runs" / name / "align.jsonl")]
 
     of_pair, of_one = entries("pair"), entries("alone")
     assert of_pair.keys() == of_one.keys() and len(of_pair) >= 16

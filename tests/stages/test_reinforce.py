@@ -8,7 +8,7 @@ import torch
 
 from ldo.core.checkpoint import load_checkpoint
 from ldo.core.errors import TrainingError
-from ldo.core.step_log import read_steps
+from ldo.core.files import read_json_lines
 from ldo.method import critic
 from ldo.method import guards as guards_of
 from ldo.method.critic import score_clips
@@ -32,7 +32,7 @@ PAIRS = {"rl__group_size": 2}  # where a test does not ask what a group is
 def test_every_sampler_and_objective_trains(open_run, objective, sampler):
     run = open_run(**ONLY, rl__sampler=sampler, rl__objective=objective, rl__eta=0.6, rl__updates=2, **PAIRS)
     values = train_reinforce(run)
-    rows = read_steps(run.folder / "reinforce.jsonl")
+    rows = read_json_lines(run.folder / "reinforce.jsonl")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     assert any((value != run.fresh[name]).any() for name, value in values.items())
 
@@ -77,14 +77,14 @@ def test_reward_that_can_be_learnt_is_learnt(open_run, monkeypatch):
     free = dict(critic__motion_weight=0.0, critic__sharpness_weight=0.0, rl__kl=0.0, rl__guard_clip=1.0)
     run = open_run(**ONLY, **free, rl__updates=12, rl__lr=1e-2, rl__group_size=8, rl__window=3, rl__eta=1.0)
     train_reinforce(run)
-    rows = read_steps(run.folder / "reinforce.jsonl")
+    rows = read_json_lines(run.folder / "reinforce.jsonl")
     assert rows[-1]["reward"] > rows[0]["reward"] + 3 * rows[0]["reward_std"]
 
 
 def test_divergence_is_logged_and_grows_from_zero(open_run):
     run = open_run(**ONLY, rl__updates=3)
     train_reinforce(run)
-    divergences = [row["kl"] for row in read_steps(run.folder / "reinforce.jsonl")]
+    divergences = [row["kl"] for row in read_json_lines(run.folder / "reinforce.jsonl")]
     assert divergences[0] < divergences[-1]
 
 
@@ -262,11 +262,11 @@ def test_stops_when_motion_dies(open_run, monkeypatch, capsys):
         monkeypatch.setattr(module, "motion", lambda frames: torch.full((len(frames),), 1.0 if next(turn) % 2 else 0.1))
     run = open_run(**ONLY, **PAIRS, rl__updates=20)
     train_reinforce(run)
-    assert len(read_steps(run.folder / "reinforce.jsonl")) == 5
+    assert len(read_json_lines(run.folder / "reinforce.jsonl")) == 5
     assert "motion fell to 0.10" in capsys.readouterr().out
     assert load_checkpoint(run.checkpoint("reinforce"))["stopped"]
     train_reinforce(open_run(**ONLY, **PAIRS, rl__updates=20))
-    assert len(read_steps(run.folder / "reinforce.jsonl")) == 5  # it stays stopped
+    assert len(read_json_lines(run.folder / "reinforce.jsonl")) == 5  # it stays stopped
 
 
 def test_export_is_the_average(open_run):
