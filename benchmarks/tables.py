@@ -12,15 +12,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 # Before any import of the tree: a bare checkout then needs no install, and an installed ldo is not used instead.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import goals
+from benchmarks import goals, sandbox_tables
 from benchmarks.goals import RESULTS, Row
+from benchmarks.markdown import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = re.compile(r"<!-- table: ([\w-]+) -->\n")
@@ -58,14 +59,6 @@ def read_runs(results: Path = RESULTS) -> list[Run]:
 def number(value: float | None, form: str) -> str:
     """A number, or a dash if there is none."""
     return NONE if value is None else format(value, form)
-
-
-def markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table; its first column is text."""
-    titles = list(titles)
-    lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def by_key(found: list[tuple[tuple, list[str]]]) -> list[list[str]]:
@@ -297,6 +290,8 @@ TABLES: dict[str, Callable[[list[Run]], str]] = {
     "attention": attention,
     "gradient-error": gradient,
     "step": step,
+    # These come from runs on the sandbox, whichever machine they were made on.
+    **{name: (lambda runs, fill=fill: fill()) for name, fill in sandbox_tables.TABLES.items()},
 }
 
 

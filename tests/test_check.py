@@ -83,6 +83,7 @@ def fails(capsys, *argv):
         ),
         ("name=a/b", ["name is 'a/b'"]),
         ("data.buckets=[[17,32,32]]", ["data.buckets sorts videos of your own"]),
+        ("data.best_of=4", ["data.best_of chooses among the base model's own samples"]),
         (
             "data.videos=films data.buckets=[[17,32]]",
             ["data.buckets: [17, 32] is not a size; write [frames, height, width]"],

@@ -104,6 +104,8 @@ class DataConfig(Section):
     videos: str = "sandbox"
     prompts: str = "sandbox"  # text file with one prompt a line, JSON lines with "text", or "sandbox"
     clips: int = Field(768, gt=0)  # how many clips to write ("sandbox") or to sample ("self")
+    # "self": samples that the critic chooses each clip from; with 1 it chooses nothing
+    best_of: int = Field(1, gt=0)
     prompt_count: int = Field(256, gt=0)  # how many prompts to write ("sandbox")
     frames: int = Field(17, gt=0)
     height: int = Field(32, gt=0)

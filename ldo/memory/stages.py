@@ -104,12 +104,16 @@ def _self_phases(counts: MemoryCounts, adapter: int) -> list[Phase]:
     clips = recipe.rl.micro_batch or SELF_CLIPS
     sampling = passes.sampling_bytes(counts.step(clips, False, recipe.evaluate.guidance))
     latents = clips * counts.latents
-    return [
+    phases = [
         Phase(f"sample {_plural(clips, 'clip')}", counts.resident(), adapter, 2 * latents, sampling),
         Phase(
             f"decode {_plural(clips, 'clip')}", counts.resident("vae"), adapter, latents, counts.decoding_bytes(clips)
         ),
     ]
+    if recipe.data.best_of > 1:
+        videos, work = clips * counts.video, counts.scoring_bytes(clips)
+        phases.append(Phase(f"score {_plural(clips, 'clip')}", counts.resident("world_model"), adapter, videos, work))
+    return phases
 
 
 def _feature_bytes(counts: MemoryCounts, name: str) -> int:

@@ -6,8 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ldo.data.video import read_video
 from ldo.report.charts import strip
+from ldo.sandbox.exact import broken_laws
 
 SHOWN_PROMPTS = 8
 ARM_NOTES = {
@@ -37,10 +40,19 @@ class Metric:
 
 
 METRIC_ROWS = {
-    "violation_rate": Metric("violation rate", "share of videos that break an exact law; less is better", -1),
+    "visible_violation_rate": Metric(
+        "visible violation rate", "share of videos that break a law so that one can see it; less is better", -1
+    ),
+    "severity": Metric("severity", "how broken a video is, on a log scale over all laws; 0 is perfect", -1),
+    "violation_rate": Metric(
+        "strict violation rate", "share of videos worse in any law than 99% of sound ones; less is better", -1
+    ),
     "existence": Metric("existence", "share of frames that show every prompted ball exactly once and whole", 1),
     "law_residual": Metric("law residual", "worst |a − g| / g of free flight, 0–10; less is better", -1),
     "teleport_rate": Metric("teleport rate", "share of steps that jump; less is better", -1),
+    "appearance_error": Metric(
+        "appearance error", "difference from clean discs drawn where the balls are seen; less is better", -1
+    ),
     # Neither direction is better: videos that move more than the simulator's are wrong too.
     "motion_ratio": Metric(
         "motion ratio", "distance travelled relative to the simulator's for the same prompts; 1 is right", 0
@@ -94,11 +106,12 @@ class MetricTable:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The means of ldo and base, the change of the violation rate, and the other metrics that clearly changed."""
+    """The rate that leads, its change, the means of ldo and base, and the other metrics that clearly changed."""
 
+    rate: str
+    change: Change
     ldo: dict[str, float]
     base: dict[str, float]
-    change: Change
     moved: list[tuple[str, Change]]
 
 
@@ -130,10 +143,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Videos of several arms for the same prompts, each of ``frames`` frames."""
+    """Videos of several arms for the same prompts, each of ``frames`` frames.
+
+    ``ranked``: the prompts are spread over the ranking by what LDO changed; else they are the first ones.
+    """
 
     arms: list[str]
     frames: int
+    ranked: bool
     rows: list[ShownPrompt]
     tally: Tally | None
 
@@ -169,15 +186,19 @@ def metric_table(stages: dict[str, dict]) -> MetricTable | None:
 
 def find_verdict(stages: dict[str, dict]) -> Verdict | None:
     """What the evaluation shows about ldo; None as long as ldo is not evaluated."""
-    if "ldo" not in stages or "violation_rate" not in stages["ldo"]["metrics"]:
+    if "ldo" not in stages:
         return None
     changes = _changes(stages["ldo"])
+    # Runs of earlier versions have the strict rate only, and videos that no exact law applies to have neither.
+    rate = next((name for name in ("visible_violation_rate", "violation_rate") if name in changes), None)
+    if rate is None:
+        return None
     other_changes = []
     # In the order of the run's own summary.
     for metric_name in stages["ldo"]["minus_base"]:
-        if metric_name in changes and metric_name != "violation_rate" and changes[metric_name].clear:
+        if metric_name in changes and metric_name != rate and changes[metric_name].clear:
             other_changes.append((METRIC_ROWS[metric_name].label, changes[metric_name]))
-    return Verdict(_means(stages["ldo"]), _means(stages["base"]), changes["violation_rate"], other_changes)
+    return Verdict(rate, changes[rate], _means(stages["ldo"]), _means(stages["base"]), other_changes)
 
 
 def _means(stage: dict) -> dict[str, float]:
@@ -185,16 +206,18 @@ def _means(stage: dict) -> dict[str, float]:
 
 
 def side_by_side(run: Path, arms: list[str]) -> SideBySide | None:
-    """The first prompts' videos of the arms that were evaluated; None where exact metrics do not apply."""
+    """Some prompts' videos of the arms that were evaluated; None where exact metrics do not apply."""
     arms = [arm for arm in arms if (run / "eval" / arm).is_dir()]
     records = {arm: json.loads((run / "eval" / f"{arm}.json").read_text())["moving"] for arm in arms}
     # Only records of sandbox scenes have a kind; for other videos no exact law is known.
     if not arms or "kind" not in records[arms[0]][0]:
         return None
     first_seed = {arm: {record["prompt"]: record for record in records[arm] if record["seed"] == 0} for arm in arms}
+    ranked = "ldo" in arms and "severity" in records["ldo"][0]
+    prompts = _spread(first_seed) if ranked else sorted(first_seed[arms[0]])[:SHOWN_PROMPTS]
     rows = []
     frames = 0
-    for prompt in sorted(first_seed[arms[0]])[:SHOWN_PROMPTS]:
+    for prompt in prompts:
         videos = []
         for arm in arms:
             images, _ = read_video(run / "eval" / arm / f"{prompt:04d}-0.mp4")
@@ -204,17 +227,25 @@ def side_by_side(run: Path, arms: list[str]) -> SideBySide | None:
     tally = None
     if "ldo" in arms and "base" in arms:
         tally = _tally(records["base"], records["ldo"])
-    return SideBySide(arms, frames, rows, tally)
+    return SideBySide(arms, frames, ranked, rows, tally)
+
+
+def _spread(first_seed: dict[str, dict[int, dict]]) -> list[int]:
+    """Prompts at even distances in the ranking by LDO's change of severity, from most repaired to most worsened."""
+    base, ldo = first_seed["base"], first_seed["ldo"]
+    ranking = sorted(base, key=lambda prompt: (ldo[prompt]["severity"] - base[prompt]["severity"], prompt))
+    shown = min(SHOWN_PROMPTS, len(ranking))
+    return [ranking[round(place)] for place in np.linspace(0, len(ranking) - 1, shown)]
 
 
 def _shown_video(record: dict, image: str) -> ShownVideo:
-    first_violation = record["first"] if record["violations"] else None
-    return ShownVideo(image, first_violation, [VIOLATION_WORDS.get(name, name) for name in record["violations"]])
+    broken = broken_laws(record)
+    return ShownVideo(image, record["first"] if broken else None, [VIOLATION_WORDS.get(name, name) for name in broken])
 
 
 def _tally(base: list[dict], ldo: list[dict]) -> Tally:
     # Record by record, since every arm has the same prompts and seeds in the same order.
-    pairs = list(zip(base, ldo, strict=True))
-    fixed = sum(bool(before["violations"]) and not after["violations"] for before, after in pairs)
-    broken = sum(bool(after["violations"]) and not before["violations"] for before, after in pairs)
+    pairs = [(broken_laws(before), broken_laws(after)) for before, after in zip(base, ldo, strict=True)]
+    fixed = sum(bool(before) and not after for before, after in pairs)
+    broken = sum(bool(after) and not before for before, after in pairs)
     return Tally(len(pairs), fixed, broken)

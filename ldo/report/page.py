@@ -86,7 +86,7 @@ def training_charts(logs: dict[str, list[dict]]) -> list[Markup]:
         ),
         line_chart("Stage 2: skill reward", {"reward": smoothed("reward_skill")}, f"mean of {SMOOTHED} updates"),
         line_chart(
-            "Stage 2: violation rate of rollouts",
+            "Stage 2: visible violation rate of rollouts",
             {"violations": series("reinforce", "violation_rate")},
             "exact, never trained on",
         ),
@@ -110,10 +110,11 @@ def training_charts(logs: dict[str, list[dict]]) -> list[Markup]:
 
 
 def path_charts(figure: dict | None) -> list[Markup]:
-    """A chart per entry of figure.json: a ball's path through a feature space."""
+    """A chart per pictured entry of figure.json: some balls' paths through a feature space."""
     charts = []
-    for name, embedding in (figure or {}).items():
-        charts.append(path_chart(name, embedding["paths"], f"turns by {embedding['turning']:.1f}° per step"))
+    for name, panel in (figure or {}).items():
+        if "paths" in panel:
+            charts.append(path_chart(name, panel["paths"], f"turns by {panel['turning']:.1f}° per step"))
     return charts
 
 
@@ -134,6 +135,8 @@ def report_page(run: Path, report: dict, logs: dict[str, list[dict]], figure: di
             gate=tabulate_gate(report["gate"]),
             curves=training_charts(logs),
             paths=path_charts(figure),
+            # Runs of earlier versions have no time correlation.
+            path_measures={name: panel for name, panel in (figure or {}).items() if "time_correlation" in panel},
             config=yaml.safe_dump(report["config"], sort_keys=False),
             versions=report["versions"],
         )

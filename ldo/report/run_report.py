@@ -49,6 +49,7 @@ def collect_report(run: Path) -> dict:
                 "n_videos": summary["n_videos"][name],
                 "metrics": metrics,
                 "minus_base": summary["paired"].get(name),
+                "visible": summary.get("visible", {}).get(name, {}),
             }
         )
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from ldo.models.generator.protocol import Generator, Options
 from ldo.models.world_model import WorldModel
 from ldo.run.state import Run
 from ldo.run.validate import ValidatedRecipe
-from ldo.sandbox.dataset import write_clips, write_prompts
+from ldo.sandbox.dataset import data_folder, write_clips, write_prompts
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,7 +88,7 @@ def configure_models(recipe: Recipe, generator: Generator, world_model: WorldMod
 def _sandbox_prompts(recipe: Recipe, processes: Processes) -> list[PromptLine]:
     """The sandbox's prompts, written on first use."""
     count = recipe.data.prompt_count
-    path = Path(recipe.out) / "sandbox-data" / f"prompts-{count}-{recipe.seed}.jsonl"
+    path = data_folder(recipe.out) / f"prompts-{count}-{recipe.seed}.jsonl"
     if processes.first:
         write_prompts(path, count, recipe.seed)
     barrier(processes)
@@ -99,7 +98,7 @@ def _sandbox_prompts(recipe: Recipe, processes: Processes) -> list[PromptLine]:
 def sandbox_clips(run: Run) -> list[Clip]:
     """The sandbox's clips, written on first use and read back like any user's folder."""
     data = run.recipe.data
-    folder = Path(run.recipe.out) / "sandbox-data" / f"clips-{data.clips}-{data.height}-{run.seed}"
+    folder = data_folder(run.recipe.out) / f"clips-{data.clips}-{data.height}-{run.seed}"
     if run.processes.first:
         log.info("clips: writing %d sandbox clips to %s", data.clips, folder)
         write_clips(folder, data.clips, run.seed, size=data.height, fps=data.fps)

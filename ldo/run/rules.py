@@ -67,13 +67,17 @@ def _model(recipe: Recipe) -> None:
 
 
 def _buckets(recipe: Recipe) -> None:
-    """Buckets are sizes, each named once, of clips that are the user's own."""
+    """Buckets are sizes, each named once, of clips that are the user's own; only samples can be chosen from."""
     data = recipe.data
     own = data.source == "videos" and data.videos != "sandbox"
     for size in data.buckets:
         sound = len(size) == 3 and min(size) > 0
         require(sound, f"data.buckets: {list(size)} is not a size; write [frames, height, width]")
     require(len(set(data.buckets)) == len(data.buckets), "data.buckets names a size twice; leave one out")
+    require(
+        data.source == "self" or data.best_of == 1,
+        "data.best_of chooses among the base model's own samples; without data.source=self leave it out",
+    )
     require(own or not data.buckets, "data.buckets sorts videos of your own; without data.videos=FOLDER leave it out")
 
 

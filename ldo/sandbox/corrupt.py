@@ -14,7 +14,11 @@ import numpy as np
 from ldo.sandbox.scenes import sample_scene
 from ldo.sandbox.simulate import FRAMES, GRAVITY, NAMES, OCCLUDER, Scene, Track, simulate, track
 
-VIOLATION_SHARE = 0.3  # of a mix like the web's
+VIOLATION_SHARE = 0.4  # of a mix like the web's
+# What a break must change at least, so that a person sees it. Radii are about 0.1.
+DEPARTURE = 0.2  # how far a ball gets from where it should be: about two radii
+SHOWN = 2  # frames in which it is that far
+STOP = 0.04  # speed that a ball loses when it freezes: a third of a radius a frame
 
 
 def _event(rng: np.random.Generator, frames: int) -> int:
@@ -35,6 +39,14 @@ def _shown(clip: Track) -> np.ndarray:
     return ~((horizontal > OCCLUDER[0]) & (horizontal < OCCLUDER[1]))
 
 
+def _clear(clip: Track) -> np.ndarray:
+    """[T, N] True where the block covers nothing of the ball."""
+    horizontal, radii = clip.positions[..., 0], clip.radii
+    if not clip.scene.occluded:
+        return np.ones(horizontal.shape, bool)
+    return (horizontal + radii < OCCLUDER[0]) | (horizontal - radii > OCCLUDER[1])
+
+
 def _hidden(clip: Track) -> np.ndarray:
     """[T, N] True where the block covers the ball wholly."""
     horizontal, radii = clip.positions[..., 0], clip.radii
@@ -47,10 +59,10 @@ def _spare_colour(clip: Track, rng: np.random.Generator) -> int:
     return int(rng.choice([index for index in range(len(NAMES)) if index not in clip.scene.colours]))
 
 
-def _differs(clip: Track, other: Track, at_least: float = 0.06) -> int | None:
-    """First frame that differs at all, if some ball gets ``at_least`` away from where it should be; else None."""
+def _differs(clip: Track, other: Track, at_least: float = DEPARTURE) -> int | None:
+    """First frame that differs at all, if some ball is ``at_least`` away from where it should be in SHOWN frames."""
     gap = np.linalg.norm(clip.positions - other.positions, axis=-1).max(1)
-    return int(np.argmax(gap > 1e-6)) if gap.max() > at_least else None
+    return int(np.argmax(gap > 1e-6)) if (gap > at_least).sum() >= SHOWN else None
 
 
 def teleport(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -87,8 +99,10 @@ def freeze(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
     path = clip.positions.copy()
     path[event:] = path[event - 1]
     broken = replace(clip, positions=path, violation="freeze", event=event)
-    # Balls that hardly move would look the same frozen.
-    return broken if _differs(clip, broken, 0.1) else None
+    # A ball that stops from a slow roll, or behind the block, hardly shows.
+    lost = np.linalg.norm(clip.positions[event - 1] - clip.positions[event - 2], axis=-1)
+    seen = (lost > STOP) & _shown(clip)[event - 1]
+    return broken if seen.any() and _differs(clip, broken) else None
 
 
 def float_away(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -101,7 +115,7 @@ def float_away(scene: Scene, rng: np.random.Generator, frames: int) -> Track | N
     start = replace(scene, positions=path[event - 1], velocities=speed[event - 1])
     bent, _, _ = simulate(start, frames - event + 1, gravity=-GRAVITY)
     broken = replace(clip, positions=np.concatenate([path[: event - 1], bent]), violation="float", event=event)
-    return broken if _differs(clip, broken, 0.1) else None
+    return broken if _differs(clip, broken) else None
 
 
 def colour(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -140,7 +154,7 @@ def interpenetrate(scene: Scene, rng: np.random.Generator, frames: int) -> Track
             distance = np.linalg.norm(path[:, ball] - path[:, other], axis=-1)
             overlap = (radii[ball] + radii[other] - distance) / min(radii[ball], radii[other])
             depth = max(depth, overlap.max())
-    event = _differs(clip, broken)
+    event = _differs(clip, broken, 0.1)
     return replace(broken, event=event) if event and depth > 0.5 else None
 
 
@@ -150,21 +164,25 @@ def restitution(scene: Scene, rng: np.random.Generator, frames: int) -> Track | 
         return None
     clip = track(scene, frames)
     # Far from any restitution that a prompt promises (1.0 and 0.6), in either direction.
-    path, _, events = simulate(scene, frames, restitution=float(rng.choice([0.25, 1.5])))
+    path, _, events = simulate(scene, frames, restitution=float(rng.choice([0.25, 1.75])))
     # Another bounce may send balls into each other, which would be a second difference.
     if any(event.other >= 0 for event in events):
         return None
     broken = replace(clip, positions=path, violation="restitution")
-    first_difference = _differs(clip, broken, 0.1)
+    first_difference = _differs(clip, broken)
     return replace(broken, event=first_difference) if first_difference else None
 
 
 def jitter(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
-    """Balls tremble about their paths."""
+    """Balls tremble about their paths, by half a radius to a whole one in each frame."""
     clip, event = track(scene, frames), _event(rng, frames)
     path = clip.positions.copy()
-    path[event:] += rng.normal(0, 0.03, path[event:].shape)
-    return replace(clip, positions=_clip_inside(scene, path), violation="jitter", event=event)
+    shape = path[event:].shape[:2]
+    angle, length = rng.uniform(0, 2 * np.pi, shape), rng.uniform(0.5, 1.0, shape) * scene.radii
+    path[event:] += length[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    broken = replace(clip, positions=_clip_inside(scene, path), violation="jitter", event=event)
+    # Behind the block nobody sees it.
+    return broken if _clear(broken)[event:].sum(0).max() >= 4 else None
 
 
 def shuffle(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None:
@@ -174,7 +192,7 @@ def shuffle(scene: Scene, rng: np.random.Generator, frames: int) -> Track | None
     order = np.arange(frames)
     order[event:] = rng.permutation(order[event:])
     broken = replace(clip, positions=clip.positions[order], violation="shuffle", event=event)
-    moved = _differs(clip, broken, 0.1)
+    moved = _differs(clip, broken)
     return replace(broken, event=moved) if moved else None
 
 

@@ -12,6 +12,11 @@ from ldo.sandbox import corrupt, scenes, simulate
 from ldo.sandbox.observe import Prompt
 
 
+def data_folder(out: str | Path) -> Path:
+    """The folder below ``out`` for clips and prompts of this world."""
+    return Path(out) / "sandbox-data" / f"world-{scenes.WORLD}"
+
+
 def _line(scene: simulate.Scene, path_length: float) -> dict:
     return {
         "text": scene.caption,

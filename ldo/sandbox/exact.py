@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ldo.sandbox.appearance import appearance_error
 from ldo.sandbox.dataset import prompt_of
 from ldo.sandbox.measure import measure, severity
 from ldo.sandbox.observe import Prompt
@@ -24,13 +25,19 @@ class ExactMetrics:
 
     def record(self, frames: np.ndarray) -> dict[str, Any]:
         """Every exact metric of a video, with its scene's kind and the motion of the simulator's own clip."""
-        found = asdict(measure(frames, self.prompt))
-        existence = 1 - found["missing"]
-        return {"kind": self.prompt.kind, "path_true": self.prompt.path_length, "existence": existence, **found}
+        found = measure(frames, self.prompt)
+        return {
+            "kind": self.prompt.kind,
+            "path_true": self.prompt.path_length,
+            "existence": found.existence,
+            "severity": severity(found, self.prompt.kind),
+            "appearance_error": appearance_error(frames, self.prompt),
+            **asdict(found),
+        }
 
     def violates(self, frames: np.ndarray) -> bool:
-        """Does the video break a law?"""
-        return bool(measure(frames, self.prompt).violations)
+        """Does the video break a law so that a person sees it?"""
+        return bool(measure(frames, self.prompt).visible)
 
     def severity(self, frames: np.ndarray) -> float:
         """How broken the video is; 0 is perfect."""
@@ -41,3 +48,11 @@ def exact_metrics(text: str, extra: dict) -> ExactMetrics | None:
     """The exact metrics of a prompt line; None where it is not the sandbox's."""
     prompt = prompt_of(text, extra)
     return None if prompt is None else ExactMetrics(prompt)
+
+
+def broken_laws(record: dict) -> list[str]:
+    """Names of the metrics in which a recorded video is visibly wrong.
+
+    Records of earlier versions know strict thresholds only; then it is those that are passed.
+    """
+    return record.get("visible", record["violations"])

@@ -22,14 +22,17 @@ class MovingBalls:
     positions: np.ndarray
 
 
-def draw_moving_balls(count: int, seed: int, frames: int, size: int) -> MovingBalls:
-    """``count`` clips of the test split with ``frames`` frames each, rendered at ``size`` pixels."""
+def draw_moving_balls(count: int, seed: int, frames: int, size: int, alone: bool = False) -> MovingBalls:
+    """``count`` clips of the test split with ``frames`` frames each, rendered at ``size`` pixels.
+
+    ``alone``: only clips of one ball, where "the ball" can be no other.
+    """
     drawn = []
     index = 0
     while len(drawn) < count:
         scene = scenes.sample_scene(numpy_rng(seed, "figure", index), "test")
         index += 1
-        if scene.kind not in _LEFT_OUT:
+        if scene.kind not in _LEFT_OUT and not (alone and len(scene.radii) > 1):
             drawn.append(scene)
     tracks = [simulate.track(scene, frames) for scene in drawn]
     return MovingBalls(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from ldo.core.rng import numpy_rng
+from ldo.sandbox.measure import EXACT_METRICS
 
 EVALUATED = (
+    "visible_violation_rate",
+    "severity",
     "violation_rate",
     "existence",
     "law_residual",
     "teleport_rate",
+    "appearance_error",
     "motion_ratio",
     "reward_skill",
     "reward_plain",
@@ -57,6 +61,15 @@ def arm_statistics(arms: dict[str, list[dict]], seeds: int, seed: int) -> tuple[
     return metrics, paired
 
 
+def visible_shares(records: list[dict]) -> dict[str, float]:
+    """Share of videos that are visibly wrong in each metric, and in ``any``; empty where no exact metrics are known."""
+    if not records or "visible" not in records[0]:
+        return {}
+    wrong = [record["visible"] for record in records]
+    shares = {metric: float(np.mean([metric in found for found in wrong])) for metric in EXACT_METRICS}
+    return shares | {"any": float(np.mean([bool(found) for found in wrong]))}
+
+
 def _interval(mean: float, resampled: list[float]) -> dict[str, float]:
     low, high = np.quantile(resampled, INTERVAL)
     return {"mean": mean, "low": float(low), "high": float(high)}
@@ -73,12 +86,18 @@ def _values(records: list[dict]) -> dict[str, np.ndarray]:
         values |= {key: column(key) for key in ("existence", "law_residual", "teleport_rate", "path_true")}
         values["path"] = column("path_length")
         values["violation_rate"] = np.array([float(bool(record["violations"])) for record in records])
+    # Evaluations of earlier versions know strict violations only.
+    if "severity" in records[0]:
+        values["severity"] = column("severity")
+        values["appearance_error"] = column("appearance_error")
+        values["visible_violation_rate"] = np.array([float(bool(record["visible"])) for record in records])
     return values
 
 
 def _means(values: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
     """Every metric over some videos."""
-    means = {key: float(values[key][rows].mean()) for key in EVALUATED if key in values}
+    # Some videos show too little to measure their appearance.
+    means = {key: float(np.nanmean(values[key][rows])) for key in EVALUATED if key in values}
     if "path" in values:
         # A ratio of sums, not a mean of ratios: a prompt of little motion would otherwise outweigh all others.
         means["motion_ratio"] = float(values["path"][rows].sum() / values["path_true"][rows].sum())

@@ -27,9 +27,9 @@ from ldo.models.efficiency import reduce_vae_memory
 from ldo.models.generator.families import family_adapter
 from ldo.models.world_model import WorldModel
 from ldo.run.load import DTYPES, generator_options
-from ldo.sandbox.dataset import write_prompts
-from ldo.sandbox.exact import exact_metrics
-from ldo.stages.arm_statistics import arm_statistics
+from ldo.sandbox.dataset import data_folder, write_prompts
+from ldo.sandbox.exact import broken_laws, exact_metrics
+from ldo.stages.arm_statistics import arm_statistics, visible_shares
 
 ARMS = ("base", "sft", "aligned", "ldo")
 
@@ -65,10 +65,11 @@ def evaluate_arms(recipe: Recipe, model_path: str, world_model_path: str, proces
         found = json.loads(path.read_text())
         records[arm] = found["moving"]
         if found["rest"]:
-            at_rest[arm] = sum(bool(record["violations"]) for record in found["rest"]) / len(found["rest"])
+            at_rest[arm] = sum(bool(broken_laws(record)) for record in found["rest"]) / len(found["rest"])
     metrics, paired = arm_statistics(records, recipe.evaluate.seeds, recipe.seed)
     counts = {arm: len(videos) for arm, videos in records.items()}
-    result = {"metrics": metrics, "paired": paired, "n_videos": counts, "at_rest": at_rest}
+    visible = {arm: visible_shares(videos) for arm, videos in records.items()}
+    result = {"metrics": metrics, "paired": paired, "n_videos": counts, "at_rest": at_rest, "visible": visible}
     if processes.first:
         write_text(folder / "summary.json", json.dumps(result, indent=1))
     return result
@@ -99,7 +100,7 @@ def prompt_lines(recipe: Recipe) -> list[PromptLine]:
                 f"evaluate.count is {evaluate.count}, but {evaluate.prompts} holds {len(lines)} prompts; lower it"
             )
         return lines[: evaluate.count]
-    path = Path(recipe.out) / "sandbox-data" / f"prompts-test-{evaluate.count}-{recipe.seed}.jsonl"
+    path = data_folder(recipe.out) / f"prompts-test-{evaluate.count}-{recipe.seed}.jsonl"
     write_prompts(path, evaluate.count, recipe.seed, "test")
     return read_prompts(path)
 
@@ -109,7 +110,7 @@ def rest_lines(recipe: Recipe) -> list[PromptLine]:
     if recipe.evaluate.prompts != "sandbox":
         return []
     count = max(recipe.evaluate.batch // recipe.evaluate.seeds, 1)
-    path = Path(recipe.out) / "sandbox-data" / f"prompts-rest-{count}-{recipe.seed}.jsonl"
+    path = data_folder(recipe.out) / f"prompts-rest-{count}-{recipe.seed}.jsonl"
     write_prompts(path, count, recipe.seed, "test", rest=True)
     return read_prompts(path)
 

@@ -1,9 +1,9 @@
 """The path of an object through feature space, in the world model and in the generator before and after LDO.
 
 On valid sandbox clips the ball's true position is known. At each time step the features at that point are read
-(bilinear) from V-JEPA's tokens and from the aligned block's hidden state on the noised clip. A video model that
-carries the dynamics should move them along a smooth path; its number is the mean turning angle between successive
-steps, taken in the full feature space (90 degrees is a random walk, less is smoother). The picture is t-SNE.
+(bilinear) from V-JEPA's tokens, from what V-JEPA forecasts for the second half of the clip, and from the aligned
+block's hidden state on the noised clip. A video model that carries the dynamics should move them steadily along a
+smooth path. ``path_measures`` says how far it does, in the full feature space; the picture is t-SNE.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from ldo.models.world_model import Tokens
 from ldo.run.state import Run
 from ldo.sandbox.moving_balls import draw_moving_balls
 from ldo.stages.align import block_index
+from ldo.stages.path_measures import time_correlations, turning_angles
 
-PATH_CLIPS = 24
-PATH_NOISE = 0.3  # the generator sees the clip at this noise level
+PATH_CLIPS = 120
+BATCH = 40
+SHOWN_PATHS = 12  # of the clips, in the picture
+NOISE_LEVELS = (0.2, 0.5, 0.8)  # at which the generator sees the clips
+SHOWN_LEVEL = 0.5
+WORLD, FORECAST = "V-JEPA", "V-JEPA's forecast"
 
 
 def write_feature_paths(run: Run) -> None:
@@ -40,37 +45,60 @@ def write_feature_paths(run: Run) -> None:
         return
     last = lora.read_lora(run.lora_folder(exported[0]))
     adapters = {"base": lora.zeros(run.parameters), exported[0]: last}
-    write_text(path, json.dumps(embed_paths(feature_paths(run, adapters), run.seed)))
+    write_text(path, json.dumps(describe_paths(feature_paths(run, adapters), run.seed)))
 
 
 @torch.no_grad()
 def feature_paths(run: Run, adapters: dict[str, dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Paths [clips, t, D]: one entry for the world model and one for each adapter (name -> values)."""
+    """Paths [clips, t, D] of the world model, of its forecast, and of each adapter (name -> values) at each level.
+
+    The adapters' are named ``<name>, t = <level>``.
+    """
     device, data = run.processes.device, run.recipe.data
     balls = draw_moving_balls(PATH_CLIPS, run.seed, data.frames, data.height)
-    frames = torch.from_numpy(balls.frames).to(device)
-    positions = torch.tensor(balls.positions, dtype=torch.float32, device=device)
+    noise_rng = torch_rng(run.seed, "figure")
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, PATH_CLIPS, BATCH):
+        clips = slice(start, start + BATCH)
+        frames = torch.from_numpy(balls.frames[clips]).to(device)
+        # Frame 0 is left out: neither model gives it a token of its own kind.
+        positions = torch.tensor(balls.positions[clips, 1:], dtype=torch.float32, device=device)
+        for name, features in _world_paths(run, frames, positions).items():
+            parts.setdefault(name, []).append(features)
+        latents = run.generator.encode_video(frames)
+        noise = torch.randn(latents.shape, generator=noise_rng).to(device)
+        text = run.texts(balls.captions[clips])
+        latent_positions = _mean_position(positions, run.generator.geometry.time)
+        for name, values in adapters.items():
+            for level in NOISE_LEVELS:
+                times_B = torch.full((len(frames),), level, device=device)
+                with lora.swapped(run.parameters, values), run.generator.tap(block_index(run)) as tap:
+                    run.generator.velocity(flow.noisy(latents, noise, times_B), times_B, text)
+                features = _features_at(without_first_step(tap.take()), latent_positions)
+                parts.setdefault(f"{name}, t = {level}", []).append(features)
+    return {name: torch.cat(batches).cpu().numpy() for name, batches in parts.items()}
 
-    def mean_position(frames_of_token: int) -> Tensor:
-        # frame 0 is left out: neither model gives it a token of its own kind
-        return positions[:, 1:].unflatten(1, (-1, frames_of_token)).mean(2)
 
-    encoded = run.world_model.encode(frames[:, 1:])
-    paths = {"V-JEPA": _features_at(encoded, mean_position(run.world_model.tubelet)).cpu().numpy()}
-    # A little noise, because a diffusion model sees a clean clip only at the end of sampling.
-    latents = run.generator.encode_video(frames)
-    noise = torch.randn(latents.shape, generator=torch_rng(run.seed, "figure")).to(device)
-    times_B = torch.full((PATH_CLIPS,), PATH_NOISE, device=device)
-    text = run.texts(balls.captions)
-    for name, values in adapters.items():
-        with lora.swapped(run.parameters, values), run.generator.tap(block_index(run)) as tap:
-            run.generator.velocity(flow.noisy(latents, noise, times_B), times_B, text)
-        hidden = _without_first_step(tap.take())
-        paths[name] = _features_at(hidden, mean_position(run.generator.geometry.time)).cpu().numpy()
+def _world_paths(run: Run, frames: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """V-JEPA's features of the whole clip, and its forecast of the second half from the first."""
+    world_model, tubelet = run.world_model, run.world_model.tubelet
+    places = _mean_position(positions, tubelet)
+    paths = {WORLD: _features_at(world_model.encode(frames[:, 1:]), places)}
+    tubelets = places.shape[1]
+    seen = tubelets // 2
+    # A path of fewer than three steps cannot turn.
+    if tubelets - seen >= 3:
+        _, predicted = world_model.forecast(frames[:, 1:], seen * tubelet)
+        paths[FORECAST] = _features_at(predicted, places[:, seen:])
     return paths
 
 
-def _without_first_step(tokens: Tokens) -> Tokens:
+def _mean_position(positions_BT2: Tensor, frames_of_token: int) -> Tensor:
+    return positions_BT2.unflatten(1, (-1, frames_of_token)).mean(2)
+
+
+def without_first_step(tokens: Tokens) -> Tokens:
+    """Tokens of all time steps but the first, which stands for frame 0 alone."""
     steps, height, width = tokens.grid
     rest = tokens.x_BND.unflatten(1, (steps, -1))[:, 1:].flatten(1, 2)
     return Tokens(rest, (steps - 1, height, width))
@@ -85,26 +113,37 @@ def _features_at(tokens: Tokens, positions_BT2: Tensor) -> Tensor:
     return features.view(len(tokens.x_BND), steps, -1)
 
 
-def turning(path_BTD: np.ndarray) -> float:
-    """Mean angle in degrees between successive steps of the paths."""
-    step = np.diff(path_BTD, axis=1)
-    step = step / np.maximum(np.linalg.norm(step, axis=-1, keepdims=True), 1e-9)
-    cosines = (step[:, 1:] * step[:, :-1]).sum(-1)
-    return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean())
+def describe_paths(paths: dict[str, np.ndarray], seed: int) -> dict[str, dict]:
+    """For each panel {"turning", "time_correlation"}: medians over clips; and 2-D "paths" for those that are pictured.
 
-
-def embed_paths(paths: dict[str, np.ndarray], seed: int) -> dict:
-    """Panels with 2-D paths and their smoothness; adapters share one embedding, so that they can be compared."""
-    adapters = [name for name in paths if name != "V-JEPA"]
+    Pictured are V-JEPA and the adapters at SHOWN_LEVEL, in one embedding for all adapters, so that they can be
+    compared; of the clips, those whose turning in the base is nearest to the median.
+    """
+    described: dict[str, dict] = {}
+    for name, path in paths.items():
+        described[name] = {
+            "turning": float(np.median(turning_angles(path))),
+            "time_correlation": float(np.median(time_correlations(path))),
+            "clips": len(path),
+        }
+    adapters = [name for name in paths if name.endswith(f"t = {SHOWN_LEVEL}")]
+    typical = _nearest_to_median(turning_angles(paths[adapters[0]]))
     # V-JEPA's features have another width, so they cannot share the adapters' embedding.
-    placed = {"V-JEPA": _embed(paths["V-JEPA"], seed)}
-    together = _embed(np.concatenate([paths[name] for name in adapters]), seed)
-    for index, name in enumerate(adapters):
-        placed[name] = together[index * PATH_CLIPS : (index + 1) * PATH_CLIPS]
-    return {
-        name: {"turning": turning(paths[name]), "paths": np.round(points, 2).tolist()}
-        for name, points in placed.items()
-    }
+    placed = {WORLD: _embed(paths[WORLD][typical], seed)}
+    together = _embed(np.concatenate([paths[name][typical] for name in adapters]), seed)
+    for name, points in zip(adapters, together.reshape(len(adapters), len(typical), *together.shape[1:]), strict=True):
+        placed[name] = points
+    for name, points in placed.items():
+        described[name]["paths"] = np.round(points, 2).tolist()
+    return described
+
+
+def _nearest_to_median(values: np.ndarray) -> np.ndarray:
+    """Indices of the SHOWN_PATHS values around the median."""
+    order = np.argsort(values, kind="stable")
+    shown = min(SHOWN_PATHS, len(order))
+    start = (len(order) - shown) // 2
+    return order[start : start + shown]
 
 
 def _embed(features: np.ndarray, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldo.core.errors import RecipeError, TrainingError
 from ldo.core.recipe_file import read_recipe
 from ldo.run.validate import validate
+from ldo.sandbox.exact import broken_laws
 from ldo.stages.arm_statistics import arm_statistics
 from ldo.stages.sequence import run_recipe
 
@@ -56,14 +57,14 @@ def run_arms(recipe: str, overrides: list[str], seeds: int) -> dict:
             for label, source in sources.items():
                 measured = Path(base_recipe.out) / run_name / "eval" / f"{source}.json"
                 records = json.loads(measured.read_text())["moving"]
-                violating = sum(bool(record["violations"]) for record in records)
+                violating = sum(bool(broken_laws(record)) for record in records)
                 pooled.setdefault(label, []).extend(records)
                 by_seed.setdefault(label, []).append(violating / len(records))
     metrics, minus_base = arm_statistics(pooled, base_recipe.evaluate.seeds, base_recipe.seed)
     return {
         "metrics": metrics,
         "minus_base": minus_base,
-        "violation_rate_by_seed": by_seed,
+        "visible_violation_rate_by_seed": by_seed,
         "n_videos": {label: len(records) for label, records in pooled.items()},
     }
 
@@ -71,19 +72,20 @@ def run_arms(recipe: str, overrides: list[str], seeds: int) -> dict:
 def study_table(found: dict) -> str:
     """The study as a Markdown table."""
     lines = [
-        "| arm | violation rate | minus base | law residual | motion ratio | skill |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| arm | visible violation rate | minus base | severity | law residual | motion ratio | skill |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, metrics in found["metrics"].items():
-        change = found["minus_base"].get(name, {}).get("violation_rate")
+        change = found["minus_base"].get(name, {}).get("visible_violation_rate")
         difference = ""
         if change:
             difference = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
         means = {metric: f"{value['mean']:.3f}" for metric, value in metrics.items()}
         cells = [
             name,
-            means["violation_rate"],
+            means["visible_violation_rate"],
             difference,
+            means["severity"],
             means["law_residual"],
             means["motion_ratio"],
             means["reward_skill"],

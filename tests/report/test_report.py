@@ -23,13 +23,13 @@ def interval(mean, spread=0.02):
     return {"mean": mean, "low": mean - spread, "high": mean + spread}
 
 
-def summary(ldo_rate, spread=0.02):
-    def metrics(rate):
-        return {"violation_rate": interval(rate), "motion_ratio": interval(1.0), "reward_skill": interval(0.5)}
+def summary(ldo_rate, spread=0.02, rate="visible_violation_rate"):
+    def metrics(mean):
+        return {rate: interval(mean), "motion_ratio": interval(1.0), "reward_skill": interval(0.5)}
 
     return {
         "metrics": {"base": metrics(0.4), "ldo": metrics(ldo_rate)},
-        "paired": {"ldo": {"violation_rate": interval(ldo_rate - 0.4, spread)}},
+        "paired": {"ldo": {rate: interval(ldo_rate - 0.4, spread)}},
         "n_videos": {"base": 8, "ldo": 8},
         "at_rest": {"base": 0.1, "ldo": 0.1},
     }
@@ -56,13 +56,20 @@ def test_verdict_says_what_the_interval_says(folder, rate, words):
     (folder / "eval").mkdir()
     (folder / "eval" / "summary.json").write_text(json.dumps(summary(rate)))
     html = write_report(folder).read_text()
-    assert words in html.split("<h2>")[0] and f"{rate:.1%}" in html
+    assert words in html.split("<h2>")[0] and f"<b>{rate:.0%}</b> after it" in html
     stages = json.loads((folder / "report.json").read_text())["stages"]
     assert [(stage["name"], stage["steps"]) for stage in stages] == [
         ("base", 0),
         ("ldo", Recipe().align.steps + Recipe().rl.updates),
     ]
-    assert stages[1]["metrics"]["violation_rate"]["mean"] == rate
+    assert stages[1]["metrics"]["visible_violation_rate"]["mean"] == rate
+
+
+def test_a_run_of_an_earlier_version_leads_with_its_strict_rate(folder):
+    (folder / "eval").mkdir()
+    (folder / "eval" / "summary.json").write_text(json.dumps(summary(0.2, rate="violation_rate")))
+    head = write_report(folder).read_text().split("<h2>")[0]
+    assert "40% break physics before LDO" in head and "<b>20%</b> after it" in head
 
 
 def test_verdict_names_what_else_moved(folder):

@@ -71,7 +71,6 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
     # As few clips and steps as possible: what is trained matters less than that each part accepts the one before.
     monkeypatch.setattr(vae, "VAE_CLIPS", 24)
     monkeypatch.setattr(base, "BASE_CLIPS", 24)
-    monkeypatch.setattr(base, "ENCODED", 16)
     monkeypatch.setattr(world, "WORLD_CLIPS", 24)
     monkeypatch.setattr(world, "RECONSTRUCTED", 8)
     monkeypatch.setattr(calibrate, "CALIBRATION_CLIPS", 3)
@@ -79,14 +78,14 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "BROKEN", 1)
     work, forever = tmp_path / "work", float("inf")
     work.mkdir()
-    train_vae(work, "cpu", forever, steps=2, fine=1, colour=1, batch=2)
+    train_vae(work, "cpu", forever, steps=3, batch=2)
     limits = calibrate_thresholds(load_vae(work))
     assert limits["vae"] == calibrate.fingerprint(load_vae(work))
     # The thresholds are shipped as a JSON file, which holds no arrays or tensors.
     assert json.dumps(limits)
     world.train_encoder(work, "cpu", forever, steps=2, batch=2)
     world.train_predictor(work, "cpu", forever, load_vae(work), steps=2, batch=2)
-    train_base(work, "cpu", forever, load_vae(work), steps=2, fine=2, batch=2)
+    train_base(work, "cpu", forever, load_vae(work), steps=2, batch=2)
     save_models(work, tmp_path / "wan", tmp_path / "vjepa2")
     model = load_generator("wan", tmp_path / "wan", options=Options(text_length=base.LENGTH))
     # The thresholds hold only for the VAE that they were measured with.
@@ -95,5 +94,5 @@ def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
     assert judge.crop == 32
     assert judge.tubelet == 2
     text = model.encode_text(["a red ball"])
-    velocity = model.velocity(torch.randn(1, 8, 5, 8, 8), torch.ones(1) * 0.5, text)
+    velocity = model.velocity(torch.randn(1, 12, 5, 8, 8), torch.ones(1) * 0.5, text)
     assert torch.isfinite(velocity).all()

@@ -1,5 +1,6 @@
 """The exact metrics are close to zero on the simulator's own clips, and high on every planted violation."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import count
 
@@ -9,7 +10,7 @@ import pytest
 from ldo.core.rng import numpy_rng
 from ldo.sandbox import corrupt, simulate
 from ldo.sandbox.corrupt import VIOLATIONS
-from ldo.sandbox.measure import CAP, EXACT_METRICS, measure, severity, thresholds
+from ldo.sandbox.measure import CAP, EXACT_METRICS, VISIBLE, Measured, measure, severity, thresholds
 from ldo.sandbox.observe import Prompt
 from ldo.sandbox.scenes import SCENE_KINDS, sample_scene
 
@@ -72,7 +73,9 @@ def test_ground_truth_hardly_ever_violates():
     measurements = [measured(clip) for kind in SCENE_KINDS for clip in sound(kind)]
     # A few may: a threshold is the 99th percentile of valid clips, and there are seven metrics.
     assert np.mean([bool(metrics.violations) for metrics in measurements]) <= 0.03
-    assert all(metrics.first is None for metrics in measurements if not metrics.violations)
+    # What a person sees lies far above that.
+    assert not any(metrics.visible for metrics in measurements)
+    assert all(metrics.first is None for metrics in measurements)
 
 
 @pytest.mark.parametrize("kind", SCENE_KINDS)
@@ -94,8 +97,9 @@ def test_path_length_is_the_distance_travelled(kind):
 
 @pytest.mark.parametrize("violation", VIOLATIONS)
 def test_every_planted_violation_is_found(violation):
-    violating = [bool(measured(clip).violations) for clip in broken(violation)]
-    assert np.mean(violating) >= 11 / 12
+    measurements = [measured(clip) for clip in broken(violation)]
+    assert np.mean([bool(metrics.violations) for metrics in measurements]) >= 11 / 12
+    assert np.mean([bool(metrics.visible) for metrics in measurements]) >= 11 / 12
 
 
 @pytest.mark.parametrize("violation", ["teleport", "vanish", "colour", "swap"])
@@ -121,7 +125,7 @@ def test_first_wrong_frame_is_near_the_event(violation):
     ],
 )
 def test_each_violation_shows_in_the_metric_that_names_it(violation, metric):
-    assert np.mean([metric in measured(clip).violations for clip in broken(violation)]) > 0.5
+    assert np.mean([metric in measured(clip).visible for clip in broken(violation)]) > 0.5
 
 
 def test_an_empty_clip_has_the_largest_value_of_what_cannot_be_measured():
@@ -140,7 +144,32 @@ def test_a_still_clip_of_a_moving_scene_violates():
     frames = simulate.render(clip)
     metrics = measure(np.repeat(frames[:1], len(frames), 0), Prompt.of(clip.scene))
     assert metrics.stillness == 1
-    assert "stillness" in metrics.violations
+    assert "stillness" in metrics.visible
+
+
+def test_a_ball_that_hangs_in_the_air_is_visibly_wrong():
+    """It is off by exactly 1 G, whatever the noise of its position."""
+    clip = next(clip for clip in sound("ballistic") if len(clip.radii) == 1)
+    hanging = clip.positions.copy()
+    hanging[:, 0] = np.linspace([0.3, 0.3], [0.7, 0.3], len(hanging))
+    assert "law_residual" in measured(replace(clip, positions=hanging)).visible
+
+
+def test_a_stack_that_shifts_by_more_than_half_a_radius_is_visibly_wrong():
+    clip = next(clip for clip in sound("stack") if 0.3 < clip.positions[0, 0, 0] < 0.7)
+    for shift, visible in ((0.4, ()), (0.8, ("law_residual",))):
+        moved = clip.positions.copy()
+        # Slowly, so that it is no jump.
+        moved[..., 0] += shift * 0.1 * np.linspace(0, 1, len(moved))[:, None]
+        assert measured(replace(clip, positions=moved)).visible == visible
+
+
+def test_severity_counts_each_metric_in_units_of_what_is_visible():
+    still = dict.fromkeys(EXACT_METRICS, 0.0)
+    assert severity(Measured(**still, path_length=1.0), "bounce") == 0
+    for metric in ("missing", "law_residual", "impact_error", "penetration", "colour_error"):
+        at_threshold = Measured(**still | {metric: VISIBLE[metric]}, path_length=1.0)
+        assert severity(at_threshold, "bounce") == pytest.approx(np.log(2))
 
 
 def test_severity_orders_sound_and_broken():
@@ -159,8 +188,10 @@ def test_frozen_thresholds_hold_what_they_promise():
     assert set(frozen["thresholds"]) == set(SCENE_KINDS)
     for limits in frozen["thresholds"].values():
         assert set(limits) == set(EXACT_METRICS)
-    assert frozen["false_alarms"] <= 0.05
-    assert min(frozen["detected"].values()) >= 0.95
+    assert frozen["false_alarms"]["strict"] <= 0.05
+    assert frozen["false_alarms"]["visible"] <= 0.01
+    for kind, rates in frozen["detected"].items():
+        assert min(rates.values()) >= 0.95, kind
 
 
 def test_thresholds_were_made_with_the_shipped_vae():

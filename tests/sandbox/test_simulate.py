@@ -162,8 +162,26 @@ def test_caption_names_colours_softness_and_sides(split, kind):
         assert ("soft" in words) == soft
         assert scene.restitution == (0.6 if soft else 1.0)
         if kind in ("ballistic", "occluder"):
-            sides = [word for word in words if word in ("left", "right")]
+            sides = re.findall(r"to the (left|right)", scene.caption)
             assert sides == ["right" if across > 0 else "left" for across in scene.velocities[:, 0]]
+
+
+@pytest.mark.parametrize("kind", SCENE_KINDS)
+def test_caption_says_in_which_ninth_of_the_box_each_ball_starts(kind):
+    names = {(0, 1): "top", (2, 1): "bottom", (1, 0): "left", (1, 2): "right", (1, 1): "centre"}
+    names |= {(0, 0): "top left", (0, 2): "top right", (2, 0): "bottom left", (2, 2): "bottom right"}
+    places = "|".join(sorted(names.values(), key=len, reverse=True))
+    for scene in scenes("train", kind):
+        said = re.findall(rf"ball at the ({places})\b", scene.caption)
+        assert said == [names[int(3 * y), int(3 * x)] for x, y in scene.positions]
+
+
+def test_every_caption_fits_the_text_encoder():
+    from ldo.sandbox.build.base import LENGTH
+
+    for split, kind in DRAWS:
+        # One token is the end of the prompt.
+        assert max(len(scene.caption.split()) for scene in scenes(split, kind)) < LENGTH
 
 
 @pytest.mark.parametrize("split, kind", [(split, kind) for split, kind in DRAWS if kind in HELD_OUT_COLOURS])

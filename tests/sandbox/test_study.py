@@ -16,7 +16,10 @@ def record(prompt, seed, violates):
     return {
         "prompt": prompt,
         "seed": seed,
-        "violations": ["missing"] if violates else [],
+        "visible": ["missing"] if violates else [],
+        "violations": ["missing"],
+        "severity": 1.0 if violates else 0.0,
+        "appearance_error": 0.1,
         "reward_skill": 0.2,
         "reward_plain": -0.1,
         "text": "x",
@@ -70,9 +73,9 @@ def test_arms_differ_in_what_their_names_say(started, tmp_path, wan_folder, vjep
     assert runs["ldo"].stages == ("align", "reinforce", "evaluate")
     # Four prompts with two videos each, from both runs of an arm.
     assert results["n_videos"] == dict.fromkeys(["base", *STUDY_ARMS], 16)
-    assert results["violation_rate_by_seed"]["ldo"] == [0, 0]
-    assert results["violation_rate_by_seed"]["base"] == [1, 1]
-    assert results["minus_base"]["ldo"]["violation_rate"]["mean"] == -1
+    assert results["visible_violation_rate_by_seed"]["ldo"] == [0, 0]
+    assert results["visible_violation_rate_by_seed"]["base"] == [1, 1]
+    assert results["minus_base"]["ldo"]["visible_violation_rate"]["mean"] == -1
     table = study_table(results)
     # Two lines of header, the base and six arms.
     assert len(table.splitlines()) == 2 + 7

@@ -11,7 +11,7 @@ from ldo.core.checkpoint import load_checkpoint
 from ldo.core.errors import TrainingError
 from ldo.core.files import read_json_lines
 from ldo.models.lora import read_lora
-from ldo.stages import align
+from ldo.stages import align, self_clips
 from ldo.stages.align import clip_losses, train_align
 from ldo.stages.clips import prepare_clips
 from ldo.stages.self_clips import sample_own_clips
@@ -114,3 +114,18 @@ def test_self_mode_trains_on_the_models_own_videos(open_run):
     assert len(prepare_clips(run)) == 20
     frames = run.frames_of(run_clips := sample_own_clips(run))
     assert len(run_clips) == 20 and frames.shape == (20, 17, 3, 32, 32)
+
+
+def test_best_of_keeps_the_sample_that_the_critic_likes_best(open_run):
+    run = open_run(data__source="self", data__clips=4, data__best_of=3)
+    clips, captions = [0, 1, 2, 3], [line.text for line in run.prompts[:4]]
+    samples = [self_clips._sampled_videos(run, clips, captions, candidate) for candidate in range(3)]
+    rewards = torch.stack([self_clips._rewards(run, videos) for videos in samples])
+    chosen = rewards.argmax(0).tolist()
+    # Otherwise the first sample would do.
+    assert len(set(chosen)) > 1
+    best = self_clips._best_videos(run, clips, captions)
+    assert all(torch.equal(best[clip], samples[candidate][clip]) for clip, candidate in enumerate(chosen))
+    # What is written is what was chosen, but for the video file's rounding.
+    written = run.frames_of(sample_own_clips(run))
+    assert (written - best).abs().max() < 0.01

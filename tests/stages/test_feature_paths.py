@@ -11,15 +11,6 @@ from ldo.stages import feature_paths as figure
 from ldo.stages.feature_paths import write_feature_paths
 
 
-def test_turning_angle():
-    line = np.linspace(0, 1, 6)[None, :, None] * np.ones(3)
-    assert figure.turning(line) == pytest.approx(0, abs=0.1)
-    back = np.array([0.0, 1, 0, 1])[None, :, None] * np.ones(3)
-    assert figure.turning(back) == pytest.approx(180, abs=0.1)
-    corner = np.array([[[0.0, 0], [1, 0], [1, 1]]])
-    assert figure.turning(corner) == pytest.approx(90, abs=0.1)
-
-
 def test_features_are_read_at_the_point():
     grid = torch.arange(12.0).view(1, 2 * 2 * 3, 1)  # value = token number, grid (2, 2, 3)
     centres = torch.tensor([[[0.5, 0.25], [1 / 6, 0.75]]])  # x, y of two tokens
@@ -27,16 +18,34 @@ def test_features_are_read_at_the_point():
     assert features.flatten().tolist() == pytest.approx([1.0, 9.0], abs=1e-5)
 
 
-def test_written_once_with_a_panel_each(open_run, monkeypatch):
+def test_written_once_with_measures_of_every_panel_and_some_pictures(open_run, monkeypatch):
     monkeypatch.setattr(figure, "PATH_CLIPS", 6)
+    monkeypatch.setattr(figure, "BATCH", 4)
+    monkeypatch.setattr(figure, "SHOWN_PATHS", 4)
     run = open_run()
     run.export("aligned", run.fresh)
     write_feature_paths(run)
     path = run.folder / "eval" / "figure.json"
     found = json.loads(path.read_text())
-    assert set(found) == {"V-JEPA", "base", "aligned"}
-    assert found["base"]["turning"] == pytest.approx(found["aligned"]["turning"])  # a fresh adapter changes nothing
-    assert np.array(found["V-JEPA"]["paths"]).shape == (6, 8, 2)
+    levels = [f"{name}, t = {level}" for name in ("base", "aligned") for level in figure.NOISE_LEVELS]
+    assert set(found) == {"V-JEPA", "V-JEPA's forecast", *levels}
+    assert all(panel["clips"] == 6 for panel in found.values())
+    # A fresh adapter changes nothing, and both arms see the same noise.
+    for level in figure.NOISE_LEVELS:
+        assert found[f"base, t = {level}"]["turning"] == pytest.approx(found[f"aligned, t = {level}"]["turning"])
+    assert {name for name, panel in found.items() if "paths" in panel} == {
+        "V-JEPA",
+        "base, t = 0.5",
+        "aligned, t = 0.5",
+    }
+    assert np.array(found["V-JEPA"]["paths"]).shape == (4, 8, 2)
     path.write_text("{}")
     write_feature_paths(run)
     assert path.read_text() == "{}"
+
+
+def test_pictured_clips_are_those_around_the_median(monkeypatch):
+    monkeypatch.setattr(figure, "SHOWN_PATHS", 3)
+    assert sorted(figure._nearest_to_median(np.array([9.0, 1.0, 5.0, 4.0, 8.0, 6.0, 2.0]))) == [2, 3, 5]
+    # All of them where there are no more.
+    assert sorted(figure._nearest_to_median(np.array([2.0, 1.0]))) == [0, 1]

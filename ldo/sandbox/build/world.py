@@ -21,6 +21,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from ldo.core.rng import torch_rng
 from ldo.models.world_model import WorldModel, layer_norm
+from ldo.sandbox import scenes
 from ldo.sandbox.build.loop import fit
 from ldo.sandbox.build.pool import SIZE, pool
 
@@ -178,7 +179,7 @@ def train_predictor(
 
 def reconstructed(work: Path, vae: nn.Module, rendered: np.ndarray, device: str) -> np.ndarray:
     """The clips of ``rendered`` [n, T, 3, H, W] uint8 as the VAE gives them back, memory-mapped; made once."""
-    path = work / f"pool-valid-{len(rendered)}-vae.npy"
+    path = work / f"pool-valid-{scenes.WORLD}-{len(rendered)}-vae.npy"
     if not path.exists():
         temporary = path.with_suffix(".part")
         decoded = np.lib.format.open_memmap(temporary, "w+", np.uint8, rendered.shape)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ldo.models.generator.protocol import Generator
+from ldo.sandbox import scenes
 from ldo.sandbox.build.base import encode_clips
+from ldo.sandbox.build.calibrate import fingerprint
 from ldo.sandbox.build.pool import pool
 
 
@@ -19,7 +21,7 @@ from ldo.sandbox.build.pool import pool
 class LatentClips:
     """Clips as latents, with the embeddings of their captions.
 
-    ``latents`` [n, 8, 5, 8, 8] are fp16. ``texts`` [captions + 1, L, 64] holds each different caption once, and the
+    ``latents`` [n, 12, 5, 8, 8] are fp16. ``texts`` [captions + 1, L, 64] holds each different caption once, and the
     empty one last. ``caption`` [n] is the row of ``texts`` of each clip.
     """
 
@@ -31,7 +33,8 @@ class LatentClips:
 def load_latent_clips(cache: Path, model: Generator, count: int, device: str, seed: int = 0) -> LatentClips:
     """``count`` clips of the mix, rendered on all cores and encoded once; frames and latents are kept in ``cache``."""
     frames, captions = pool(cache, "mix", count, seed, workers=os.cpu_count() or 1)
-    path = cache / f"latents-{count}-{seed}.npy"
+    # Latents are those of one VAE: generators with different ones share the frames alone.
+    path = cache / f"latents-{scenes.WORLD}-{count}-{seed}-{fingerprint(model.vae)[:12]}.npy"
     if not path.exists():
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, encode_clips(frames, model.vae, device, 50 if device == "cpu" else 500))

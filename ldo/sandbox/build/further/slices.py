@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldo.core.distributed import Processes, barrier, gather_objects
 from ldo.core.errors import RecipeError, TrainingError
 from ldo.core.optimizer import warmup_rate
 from ldo.models.generator.families import load_generator
@@ -28,6 +29,7 @@ from ldo.sandbox.build.further.checkpoint import (
 from ldo.sandbox.build.further.clips import load_latent_clips
 from ldo.sandbox.build.further.settings import Settings
 from ldo.sandbox.build.further.step import (
+    ALONE,
     TrainingState,
     capture_graph,
     draw_inputs,
@@ -70,16 +72,20 @@ def train_slice(
     deadline: float,
     settings: Settings,
     decay: int | None = None,
-    form: str = "compiled",
+    form: str | None = None,
     every: int = EVERY,
+    processes: Processes = ALONE,
 ) -> TrainingProgress:
     """One slice: until ``deadline`` (of time.monotonic), or to the end of the decay.
 
     Resumes from ``work`` where something is saved there, and begins with the pipeline ``start`` elsewhere. ``decay``
     starts the fall of the rate to zero, over that many steps; 0 takes as many as the time left will hold. A decay that
-    has started continues. ``form`` is one of FORMS. RecipeError when ``work`` holds a training with other settings,
-    TrainingError when the loss is not finite.
+    has started continues. ``form`` is one of FORMS, by default compiled on a GPU and eager on a CPU. ``processes``
+    share each batch. RecipeError when ``work`` holds a training with other settings, or the batch cannot be shared
+    evenly; TrainingError when the loss is not finite.
     """
+    if settings.batch % processes.size:
+        raise RecipeError(f"--batch {settings.batch} does not divide by {processes.size} processes; give a multiple")
     training = read_training(work)
     if training:
         progress, earlier = training
@@ -90,14 +96,18 @@ def train_slice(
         torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     model = load_generator_folder(start)
+    if processes.first:
+        # makes the clips, which the others then read
+        load_latent_clips(cache, model, settings.clips, device)
+    barrier(processes)
     data = load_latent_clips(cache, model, settings.clips, device)
     state = start_training(model.transformer.to(device))
     if training:
         restore_training(work, state, progress)
     rng = torch.Generator(device)
     # A graph reads its inputs at fixed addresses: each step's draws are copied into these tensors.
-    inputs = draw_inputs(data, rng, progress.step, settings)
-    advance = _in_form(state, inputs, settings, device, form)
+    inputs = draw_inputs(data, rng, progress.step, settings, processes)
+    advance = _in_form(state, inputs, settings, device, form, processes)
 
     started = time.monotonic()
     last_saved = last_report = started
@@ -105,13 +115,14 @@ def train_slice(
     while not progress.done:
         # Without a number, a decay is planned from the measured time of a step: not before there is one.
         if decay is not None and progress.decay is None and (decay or progress.seconds):
-            _plan_decay(progress, decay, deadline, every)
+            _plan_decay(progress, decay, deadline, every, processes)
         step_count = every if progress.last_step is None else min(every, progress.last_step - progress.step)
         for _ in range(step_count):
             factor = rate_factor(progress.step, settings.warmup, progress.decay)
             muon_rate, adamw_rate = factor * settings.muon_lr, factor * settings.lr
             set_rates(state.optimizer, progress.step, muon_rate, adamw_rate, settings.weight_decay)
-            for held_input, drawn_input in zip(inputs, draw_inputs(data, rng, progress.step, settings), strict=True):
+            drawn = draw_inputs(data, rng, progress.step, settings, processes)
+            for held_input, drawn_input in zip(inputs, drawn, strict=True):
                 held_input.copy_(drawn_input)
             advance()
             progress.step += 1
@@ -123,19 +134,21 @@ def train_slice(
                 "Lower the rates"
             )
         current_time = time.monotonic()
-        progress.seconds = (current_time - started) / (progress.step - first_step)
-        stop = progress.done or current_time > deadline
+        seconds = (current_time - started) / (progress.step - first_step)
+        # The first process's clock counts for all: a decay is planned from it, and all must stop at the same step.
+        progress.seconds, overdue = gather_objects((seconds, current_time > deadline), processes)[0]
+        stop = progress.done or overdue
         if stop or current_time - last_report > SAY_EVERY:
             mean_loss = loss_sum / (progress.step - last_reported_step)
-            print(
+            _say(
                 f"step {progress.step}  loss {mean_loss:.4f} since {last_reported_step}  rate {factor:.3f}  "
                 f"{1e3 * progress.seconds:.2f} ms a step",
-                flush=True,
+                processes,
             )
             state.loss.zero_()
             last_reported_step = progress.step
             last_report = current_time
-        if stop or current_time - last_saved > SAVE_EVERY:
+        if processes.first and (stop or current_time - last_saved > SAVE_EVERY):
             save_training(work, state, progress, settings)
             last_saved = current_time
         if stop:
@@ -150,26 +163,38 @@ def _check_settings(work: Path, earlier: Settings, settings: Settings) -> None:
 
 
 def _in_form(
-    state: TrainingState, inputs: tuple[Tensor, ...], settings: Settings, device: str, form: str
+    state: TrainingState,
+    inputs: tuple[Tensor, ...],
+    settings: Settings,
+    device: str,
+    form: str | None,
+    processes: Processes,
 ) -> Callable[[], None]:
-    """The step as a call without arguments, in one of FORMS."""
-    advance = partial(training_step, state, inputs, settings)
-    if device == "cpu" or form == "eager":
-        return advance
+    """The step as a call without arguments, in one of FORMS; a CPU has no graphs."""
+    advance = partial(training_step, state, inputs, settings, processes)
+    form = form or ("eager" if device == "cpu" else "compiled")
     if form == "compiled":
         # Block by block and not as a whole: the blocks are alike and share one compilation.
         for block in state.transformer.blocks:
             block.compile(dynamic=False)
-    return capture_graph(advance, state.tensors)
+    return advance if device == "cpu" or form == "eager" else capture_graph(advance, state.tensors)
 
 
-def _plan_decay(progress: TrainingProgress, steps: int, deadline: float, every: int) -> None:
+def _plan_decay(
+    progress: TrainingProgress, steps: int, deadline: float, every: int, processes: Processes = ALONE
+) -> None:
     """Start the decay with the next step, over ``steps`` or, for 0, as many as the time left will hold."""
     if not steps:
         seconds_left = SPARE * (deadline - time.monotonic())
         steps = max(int(seconds_left / progress.seconds), every)
+        steps = gather_objects(steps, processes)[0]
     progress.decay = (progress.step, steps)
-    print(f"the rate falls to zero in {steps} steps from {progress.step}", flush=True)
+    _say(f"the rate falls to zero in {steps} steps from {progress.step}", processes)
+
+
+def _say(line: str, processes: Processes) -> None:
+    if processes.first:
+        print(line, flush=True)
 
 
 def write_average(work: Path, start: Path, folder: Path) -> None:
