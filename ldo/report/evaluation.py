@@ -10,7 +10,7 @@ import numpy as np
 
 from ldo.data.video import read_video
 from ldo.report.charts import strip
-from ldo.sandbox.exact import broken_laws
+from ldo.sandbox.records import broken_laws
 
 SHOWN_PROMPTS = 8
 ARM_NOTES = {

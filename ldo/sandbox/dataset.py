@@ -14,7 +14,7 @@ from ldo.sandbox.observe import Prompt
 
 def data_folder(out: str | Path) -> Path:
     """The folder below ``out`` for clips and prompts of this world."""
-    return Path(out) / "sandbox-data" / f"world-{scenes.WORLD}"
+    return Path(out) / "sandbox-data" / f"world-{scenes.WORLD_VERSION}"
 
 
 def _line(scene: simulate.Scene, path_length: float) -> dict:

@@ -48,11 +48,3 @@ def exact_metrics(text: str, extra: dict) -> ExactMetrics | None:
     """The exact metrics of a prompt line; None where it is not the sandbox's."""
     prompt = prompt_of(text, extra)
     return None if prompt is None else ExactMetrics(prompt)
-
-
-def broken_laws(record: dict) -> list[str]:
-    """Names of the metrics in which a recorded video is visibly wrong.
-
-    Records of earlier versions know strict thresholds only; then it is those that are passed.
-    """
-    return record.get("visible", record["violations"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from ldo.sandbox.simulate import FLOOR, FRAMES, NAMES, OCCLUDER, Scene, simulate
 
-WORLD = 2  # number of this world and its violations; what was drawn from another is not used again
+WORLD_VERSION = 2  # number of this world and its violations; what was drawn from another is not used again
 SCENE_KINDS = ("uniform", "ballistic", "bounce", "collision_1d", "collision_2d", "occluder", "stack")
 MIX = dict(zip(SCENE_KINDS, (0.14, 0.18, 0.20, 0.12, 0.14, 0.16, 0.06), strict=True))
 SPLITS = ("train", "test", "ood", "combination", "soft")

@@ -28,7 +28,8 @@ from ldo.models.generator.families import family_adapter
 from ldo.models.world_model import WorldModel
 from ldo.run.load import DTYPES, generator_options
 from ldo.sandbox.dataset import data_folder, write_prompts
-from ldo.sandbox.exact import broken_laws, exact_metrics
+from ldo.sandbox.exact import exact_metrics
+from ldo.sandbox.records import broken_laws
 from ldo.stages.arm_statistics import arm_statistics, visible_shares
 
 ARMS = ("base", "sft", "aligned", "ldo")

@@ -25,7 +25,7 @@ from ldo.stages.align import block_index
 from ldo.stages.path_measures import time_correlations, turning_angles
 
 PATH_CLIPS = 120
-BATCH = 40
+PATH_BATCH = 40
 SHOWN_PATHS = 12  # of the clips, in the picture
 NOISE_LEVELS = (0.2, 0.5, 0.8)  # at which the generator sees the clips
 SHOWN_LEVEL = 0.5
@@ -58,8 +58,8 @@ def feature_paths(run: Run, adapters: dict[str, dict[str, Tensor]]) -> dict[str,
     balls = draw_moving_balls(PATH_CLIPS, run.seed, data.frames, data.height)
     noise_rng = torch_rng(run.seed, "figure")
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, PATH_CLIPS, BATCH):
-        clips = slice(start, start + BATCH)
+    for start in range(0, PATH_CLIPS, PATH_BATCH):
+        clips = slice(start, start + PATH_BATCH)
         frames = torch.from_numpy(balls.frames[clips]).to(device)
         # Frame 0 is left out: neither model gives it a token of its own kind.
         positions = torch.tensor(balls.positions[clips, 1:], dtype=torch.float32, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import spearmanr
 
-PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2)  # of the ridge, in units of the features' mean variance
+RIDGE_PENALTIES = (1e-2, 1e-1, 1e0, 1e1, 1e2)  # of the ridge, in units of the features' mean variance
 FOLDS = 5
 
 
@@ -63,7 +63,7 @@ def _ridge(features: np.ndarray, targets: np.ndarray) -> list[tuple[np.ndarray, 
     values, vectors = np.linalg.eigh(centred.T @ centred)
     projected = vectors.T @ (centred.T @ (goals - offset))
     scale = max(values.mean(), 1e-12)
-    return [(mean, vectors @ (projected / (values + penalty * scale)[:, None]), offset) for penalty in PENALTIES]
+    return [(mean, vectors @ (projected / (values + penalty * scale)[:, None]), offset) for penalty in RIDGE_PENALTIES]
 
 
 def _squares(found: tuple[np.ndarray, np.ndarray, np.ndarray], features: np.ndarray, targets: np.ndarray) -> np.ndarray:

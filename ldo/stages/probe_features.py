@@ -17,7 +17,7 @@ from ldo.models.world_model import Tokens
 from ldo.run.state import Run
 from ldo.sandbox.moving_balls import draw_moving_balls
 from ldo.stages.align import block_index
-from ldo.stages.feature_paths import BATCH, FORECAST, NOISE_LEVELS, WORLD, without_first_step
+from ldo.stages.feature_paths import FORECAST, NOISE_LEVELS, PATH_BATCH, WORLD, without_first_step
 from ldo.stages.path_measures import FOLDS, probe
 
 PROJECTED = 512
@@ -55,8 +55,8 @@ def probe_features(run: Run, clips: int) -> dict:
             projections[width] = torch.tensor(drawn, dtype=torch.float32, device=maps.device)
         parts.setdefault(name, []).append((maps @ projections[width]).cpu())
 
-    for start in range(0, clips, BATCH):
-        batch = slice(start, start + BATCH)
+    for start in range(0, clips, PATH_BATCH):
+        batch = slice(start, start + PATH_BATCH)
         frames = torch.from_numpy(balls.frames[batch]).to(run.processes.device)
         seen = frames[:, 1:]
         keep(WORLD, run.world_model.encode(seen))

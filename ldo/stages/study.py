@@ -8,7 +8,7 @@ from pathlib import Path
 from ldo.core.errors import RecipeError, TrainingError
 from ldo.core.recipe_file import read_recipe
 from ldo.run.validate import validate
-from ldo.sandbox.exact import broken_laws
+from ldo.sandbox.records import broken_laws
 from ldo.stages.arm_statistics import arm_statistics
 from ldo.stages.sequence import run_recipe
 

@@ -20,7 +20,7 @@ def test_features_are_read_at_the_point():
 
 def test_written_once_with_measures_of_every_panel_and_some_pictures(open_run, monkeypatch):
     monkeypatch.setattr(figure, "PATH_CLIPS", 6)
-    monkeypatch.setattr(figure, "BATCH", 4)
+    monkeypatch.setattr(figure, "PATH_BATCH", 4)
     monkeypatch.setattr(figure, "SHOWN_PATHS", 4)
     run = open_run()
     run.export("aligned", run.fresh)

@@ -11,7 +11,7 @@ from ldo.stages import probe_features as probes
 
 
 def test_every_panel_has_both_probes(open_run, monkeypatch):
-    monkeypatch.setattr(probes, "BATCH", 8)
+    monkeypatch.setattr(probes, "PATH_BATCH", 8)
     run = open_run()
     run.export("aligned", run.fresh)
     found = probes.probe_features(run, 12)

@@ -95,7 +95,7 @@ def encode_clips(frames: np.ndarray, vae: AutoencoderKLWan, device: str, batch: 
 def mix_latents(work: Path, vae: AutoencoderKLWan, device: str) -> tuple[np.ndarray, list[str]]:
     """Normalised latents of the mix [n, C, T, H, W] fp16, made once, and the captions."""
     frames, captions = pool(work, "mix", BASE_CLIPS)
-    path = work / f"latents-{scenes.WORLD}-{BASE_CLIPS}.npy"
+    path = work / f"latents-{scenes.WORLD_VERSION}-{BASE_CLIPS}.npy"
     if not path.exists():
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, encode_clips(frames, vae, device))

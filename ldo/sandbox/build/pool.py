@@ -54,7 +54,7 @@ def pool(folder: Path, name: str, count: int, seed: int = 0, workers: int = 2) -
     Rendered on first use. The same arguments give the same clips, whatever the number of ``workers``.
     """
     make_clip = {"mix": mix_clip, "valid": valid_clip}[name]
-    path = folder / f"pool-{name}-{scenes.WORLD}-{count}-{seed}.npy"
+    path = folder / f"pool-{name}-{scenes.WORLD_VERSION}-{count}-{seed}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")

@@ -179,7 +179,7 @@ def train_predictor(
 
 def reconstructed(work: Path, vae: nn.Module, rendered: np.ndarray, device: str) -> np.ndarray:
     """The clips of ``rendered`` [n, T, 3, H, W] uint8 as the VAE gives them back, memory-mapped; made once."""
-    path = work / f"pool-valid-{scenes.WORLD}-{len(rendered)}-vae.npy"
+    path = work / f"pool-valid-{scenes.WORLD_VERSION}-{len(rendered)}-vae.npy"
     if not path.exists():
         temporary = path.with_suffix(".part")
         decoded = np.lib.format.open_memmap(temporary, "w+", np.uint8, rendered.shape)

@@ -34,7 +34,7 @@ def load_latent_clips(cache: Path, model: Generator, count: int, device: str, se
     """``count`` clips of the mix, rendered on all cores and encoded once; frames and latents are kept in ``cache``."""
     frames, captions = pool(cache, "mix", count, seed, workers=os.cpu_count() or 1)
     # Latents are those of one VAE: generators with different ones share the frames alone.
-    path = cache / f"latents-{scenes.WORLD}-{count}-{seed}-{fingerprint(model.vae)[:12]}.npy"
+    path = cache / f"latents-{scenes.WORLD_VERSION}-{count}-{seed}-{fingerprint(model.vae)[:12]}.npy"
     if not path.exists():
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, encode_clips(frames, model.vae, device, 50 if device == "cpu" else 500))
