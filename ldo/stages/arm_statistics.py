@@ -96,8 +96,7 @@ def _values(records: list[dict]) -> dict[str, np.ndarray]:
 
 def _means(values: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
     """Every metric over some videos."""
-    # Some videos show too little to measure their appearance.
-    means = {key: float(np.nanmean(values[key][rows])) for key in EVALUATED if key in values}
+    means = {key: float(values[key][rows].mean()) for key in EVALUATED if key in values}
     if "path" in values:
         # A ratio of sums, not a mean of ratios: a prompt of little motion would otherwise outweigh all others.
         means["motion_ratio"] = float(values["path"][rows].sum() / values["path_true"][rows].sum())

@@ -1,10 +1,10 @@
-"""What a warm call of the relation loss costs the host, in launches, allocations, dispatches and microseconds.
+"""What a warm call of the relation loss costs the host, in launches, allocations, dispatches and calls.
 
 ``benchmarks/bench_host.py`` measures the same.
 """
 
 import json
-import time
+import sys
 
 import pytest
 import torch
@@ -76,16 +76,25 @@ def test_frame_order_follows_its_tensor():
     assert relation_frames.frame_order(unversioned, 2).order.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("gradient", "limit"), [(False, 40e-6), (True, 110e-6)])
+@pytest.mark.parametrize(("gradient", "limit"), [(False, 130), (True, 270)])
 def test_a_warm_call_is_short(call, gradient, limit):
-    """20 and 55 microseconds on an idle core of 2024; the limits are twice that, for slower or busier machines."""
+    """102 and 213 functions are called, of Python and of C. Counted and not timed: times depend on the machine.
+
+    ``benchmarks/bench_host.py`` has the times: 20 and 55 microseconds on an idle core of 2024.
+    """
     call(gradient)
-    times = []
-    for _ in range(300):
-        began = time.perf_counter()
+    called = 0
+
+    def count(frame, event, argument):
+        nonlocal called
+        called += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
         call(gradient)
-        times.append(time.perf_counter() - began)
-    assert min(times) < limit, f"{min(times) * 1e6:.0f} us"
+    finally:
+        sys.setprofile(None)
+    assert 10 < called < limit
 
 
 def test_the_benchmark_says_so(monkeypatch, tmp_path, capsys):

@@ -175,8 +175,9 @@ def test_severity_counts_each_metric_in_units_of_what_is_visible():
 def test_severity_orders_sound_and_broken():
     sound_mean = np.mean([severity(measured(clip), "bounce") for clip in sound("bounce")])
     broken_mean = np.mean([severity(measured(clip), clip.scene.kind) for clip in broken("vanish")])
-    assert broken_mean > 2 * sound_mean
-    assert broken_mean > sound_mean + 1.5
+    assert broken_mean > 10 * sound_mean
+    # More than a metric at its visible threshold adds.
+    assert broken_mean > sound_mean + 1
 
 
 def test_frozen_thresholds_hold_what_they_promise():

@@ -25,7 +25,7 @@ FOUND = {
 def test_shipped_world_model_passes():
     """With so few pairs that every share must leave no doubt, at 95%, that the true one is above its bar."""
     critic = read_recipe(DEFAULT_RECIPE).critic
-    pairs, bars = 20, GateConfig()
+    pairs, bars = 60, GateConfig()
     found = rank_matched_pairs(WorldModel.load(WORLD_MODEL), critic, pairs, seed=3)
     result = gate_verdict(found, bars)
     assert result["passed"], gate_table(result)
