@@ -14,6 +14,7 @@ from ldo.sandbox.build.base import train_base
 from ldo.sandbox.build.calibrate import calibrate_thresholds
 from ldo.sandbox.build.loop import OutOfTime, cosine, fit
 from ldo.sandbox.build.vae import load_vae, train_vae
+from ldo.sandbox.shipped import GENERATOR
 
 
 def test_loop_resumes_where_it_stopped(tmp_path):
@@ -65,6 +66,24 @@ def test_valid_pool_is_valid():
     assert all(pool.valid_clip(0, index).violation is None for index in range(40))
     # Without violations in the mix, the line above would pass even if both pools were the same.
     assert any(pool.mix_clip(0, index).violation for index in range(40))
+
+
+@pytest.mark.parametrize(("frames", "half", "error"), [(17, False, 1e-3), (17, True, 5e-3), (5, False, 1e-3)])
+def test_the_built_encoder_gives_tied_latents(frames, half, error):
+    clips = torch.rand(2, 3, frames, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = vae.new_vae()
+    if half:
+        model.half().float()  # as it ships
+    posterior = model.encode(clips).latent_dist
+    torch.testing.assert_close(posterior.mean, vae.tied_latents(clips), rtol=0, atol=error)
+    assert posterior.std.max() < 1.01 * vae.NOISE
+
+
+def test_the_shipped_encoder_is_the_built_one():
+    shipped = load_generator("wan", GENERATOR, options=Options(text_length=base.LENGTH)).pipeline.vae
+    built = vae.new_vae().half().float().encoder.state_dict()
+    for name, weights in shipped.encoder.state_dict().items():
+        assert torch.equal(weights.float(), built[name]), name
 
 
 def test_every_part_from_nothing_to_folders(tmp_path, monkeypatch):
