@@ -14,13 +14,14 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 from ldo.core.distributed import Processes
 from ldo.core.errors import RecipeError, TrainingError
 from ldo.models.flow import noisy
 from ldo.sandbox.build import base, stacked
 from ldo.sandbox.build.further import slices
-from ldo.sandbox.build.further.__main__ import main
+from ldo.sandbox.build.further.__main__ import _command_line, main
 from ldo.sandbox.build.further.checkpoint import read_training
 from ldo.sandbox.build.further.clips import load_latent_clips
 from ldo.sandbox.build.further.settings import Settings
@@ -361,3 +362,12 @@ def test_slices_on_a_gpu_resume_where_they_stopped(tmp_path, cache):
         of_parts = load_file(tmp_path / "parts" / f"{part}-6.safetensors")
         for name, tensor in of_whole.items():
             assert torch.allclose(tensor, of_parts[name], rtol=1e-3, atol=1e-5), (part, name)
+
+
+def test_torchrun_takes_none_of_the_options_for_its_own():
+    # It refuses a command's option that begins like two of its own, even after the module's name.
+    for action in _command_line()._actions:
+        for option in action.option_strings:
+            if option not in ("-h", "--help"):
+                arguments = get_args_parser().parse_args(["-m", "ldo.sandbox.build.further", option, "1"])
+                assert arguments.training_script_args == [option, "1"]

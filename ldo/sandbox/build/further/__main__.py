@@ -40,7 +40,7 @@ def _command_line() -> argparse.ArgumentParser:
         default=Path("runs/sandbox-clips"),
         help="rendered clips and their latents (57 KB a clip), made on first use",
     )
-    parser.add_argument("--start", type=Path, default=GENERATOR, help="the pipeline to begin with")
+    parser.add_argument("--init", type=Path, default=GENERATOR, help="the pipeline to begin with")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of this slice, the making of clips included")
     parser.add_argument(
         "--decay",
@@ -95,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         if args.write:
-            write_average(args.work, args.start, args.write)
+            write_average(args.work, args.init, args.write)
             return 0
         progress = train_slice(
             args.work,
             args.cache,
-            args.start,
+            args.init,
             device,
             deadline,
             _chosen_settings(args),
