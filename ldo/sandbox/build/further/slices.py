@@ -33,6 +33,7 @@ from ldo.sandbox.build.further.step import (
     TrainingState,
     capture_graph,
     draw_inputs,
+    share_taken,
     start_training,
     training_step,
 )
@@ -121,6 +122,7 @@ def train_slice(
             factor = rate_factor(progress.step, settings.warmup, progress.decay)
             muon_rate, adamw_rate = factor * settings.muon_lr, factor * settings.lr
             set_rates(state.optimizer, progress.step, muon_rate, adamw_rate, settings.weight_decay)
+            state.taken.fill_(share_taken(progress.step, settings.keep))
             drawn = draw_inputs(data, rng, progress.step, settings, processes)
             for held_input, drawn_input in zip(inputs, drawn, strict=True):
                 held_input.copy_(drawn_input)

@@ -55,6 +55,7 @@ class TrainingState:
     transformer: nn.Module
     optimizer: StackedOptimizer
     average: list[Tensor]  # in the order of the transformer's parameters
+    taken: Tensor  # share of the weights that the next step takes into the average
     loss: Tensor  # a sum
 
     @property
@@ -71,8 +72,17 @@ def start_training(transformer: nn.Module) -> TrainingState:
         transformer,
         stacked_optimizer(matrices, other_parameters(parameters, matrices)),
         [parameter.detach().clone() for parameter in parameters],
+        torch.ones((), device=parameters[0].device),
         torch.zeros((), device=parameters[0].device),
     )
+
+
+def share_taken(step: int, keep: float) -> float:
+    """What ``step`` (counted from 0) takes of the weights into the average: 1 - ``keep``, and more in the beginning.
+
+    A constant share would hold the weights that the training began with in the average for thousands of steps.
+    """
+    return max(1 - keep, 9 / (10 + step))
 
 
 def training_step(
@@ -105,7 +115,9 @@ def training_step(
     nn.utils.clip_grad_norm_(parameters, 1.0)
     update_parameters(state.optimizer)
     with torch.no_grad():
-        torch._foreach_lerp_(state.average, parameters, 1 - settings.keep)
+        distance = torch._foreach_sub(parameters, state.average)
+        torch._foreach_mul_(distance, state.taken)
+        torch._foreach_add_(state.average, distance)
         # Summed on the device: reading a loss at every step would wait for it.
         state.loss.add_(loss)
 
