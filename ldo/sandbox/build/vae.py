@@ -44,7 +44,7 @@ _COLOUR = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]
 BASIS = np.kron(_TIME, _COLOUR)  # [12, 12], orthonormal, to be applied to (frame, colour)
 # What two halvings of time make of four frames: means of pairs and half their differences, and the same of those.
 _PAIRS = np.array([[1, 1, 1, 1], [-1, 1, -1, 1], [-1, -1, 1, 1], [1, -1, -1, 1]]) / 4
-LARGE = 256.0  # the encoder's constant channel: what is linear to one part in 20,000 beside it
+CONSTANT_CHANNEL = 256.0  # the encoder's constant channel: what is linear to one part in 20,000 beside it
 # The generator sees each channel divided by a power of its deviation: fine changes get some of the weight that they
 # lack (a wobble is a hundredth of the picture's variance), brightness less. All together have this deviation; ball and
 # background then differ by about ten of the noise's.
@@ -78,7 +78,7 @@ def build_encoder(encoder: nn.Module) -> None:
         weights.zero_()
     last = encoder.conv_in.out_channels - 1  # the constant lies in the last channel
     encoder.conv_in.weight[:3, :, 2, 1, 1] = torch.eye(3)
-    encoder.conv_in.bias[last] = LARGE
+    encoder.conv_in.bias[last] = CONSTANT_CHANNEL
     width = 3  # channels in use besides the constant
     for index, layer in enumerate(encoder.down_blocks):
         if isinstance(layer, WanResample):
@@ -100,7 +100,7 @@ def build_encoder(encoder: nn.Module) -> None:
                 wide[width : 2 * width, :width, 0, 0, 0] = -torch.eye(width)
             wide[-1, last] = 1
             last = len(wide) - 1
-    encoder.norm_out.gamma.fill_(LARGE / len(encoder.norm_out.gamma) ** 0.5)
+    encoder.norm_out.gamma.fill_(CONSTANT_CHANNEL / len(encoder.norm_out.gamma) ** 0.5)
     to_latents = torch.tensor(GAIN * BASIS @ np.kron(np.linalg.inv(_PAIRS), np.eye(3)))
     centre = encoder.conv_out.weight[:CHANNELS, :, 2, 1, 1]
     centre[:, :CHANNELS], centre[:, CHANNELS : 2 * CHANNELS] = to_latents, -to_latents
