@@ -49,3 +49,12 @@ def make_adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -
 def warmup_rate(lr: float, step: int, warmup: int) -> float:
     """Linear warm-up to a constant rate."""
     return lr * min(1.0, (step + 1) / max(warmup, 1))
+
+
+def average_keep(keep: float, step: int) -> float:
+    """Share that an exponential average keeps at ``step``: 0.1 at first, ``keep`` once there are enough to average.
+
+    The warm-up that implementations share: a constant share would hold the start in the average for 1 / (1 - keep)
+    steps and more.
+    """
+    return min(keep, (1 + step) / (10 + step))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldo.core.checkpoint import load_checkpoint, save_checkpoint
 from ldo.core.errors import TrainingError
-from ldo.core.optimizer import make_adamw, optimizer_step
+from ldo.core.optimizer import average_keep, make_adamw, optimizer_step
 from ldo.core.progress import Bar
 from ldo.core.rng import torch_rng
 from ldo.core.step_log import StepLog
@@ -139,8 +139,7 @@ def _averaged(run: Run, progress: PolicyProgress) -> Values:
     """The exponential average after one more update; early on it forgets faster, so that the start soon leaves it."""
     rl_config = run.recipe.rl
     count = progress.update // rl_config.ema_every - 1
-    # The warm-up that EMA implementations share: 0.1 at first, rl.ema once there are enough values to average.
-    keep = min(rl_config.ema, (1 + count) / (10 + count))
+    keep = average_keep(rl_config.ema, count)
     return {name: torch.lerp(run.parameters[name].detach(), value, keep) for name, value in progress.average.items()}
 
 

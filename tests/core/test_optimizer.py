@@ -5,7 +5,7 @@ import torch
 
 from ldo.core.distributed import Processes
 from ldo.core.errors import TrainingError
-from ldo.core.optimizer import make_adamw, optimizer_step, warmup_rate
+from ldo.core.optimizer import average_keep, make_adamw, optimizer_step, warmup_rate
 
 
 def make_parameter(gradient):
@@ -60,3 +60,11 @@ def test_warm_up():
     assert [warmup_rate(2.0, step, 4) for step in (0, 1, 3, 9)] == [0.5, 1.0, 2.0, 2.0]
     # A warm-up of no steps must not divide by zero.
     assert warmup_rate(2.0, 0, 0) == 2.0
+
+
+def test_an_average_forgets_where_it_began():
+    average = 1.0
+    for step in range(600):
+        average += (1 - average_keep(0.9995, step)) * (0.0 - average)
+    assert average < 1e-9
+    assert 1 - average_keep(0.9995, 100_000) == pytest.approx(0.0005)

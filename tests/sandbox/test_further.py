@@ -26,7 +26,7 @@ from ldo.sandbox.build.further.checkpoint import read_training
 from ldo.sandbox.build.further.clips import load_latent_clips
 from ldo.sandbox.build.further.settings import Settings
 from ldo.sandbox.build.further.slices import load_generator_folder, rate_factor, train_slice, write_average
-from ldo.sandbox.build.further.step import draw_inputs, share_taken, start_training, training_step
+from ldo.sandbox.build.further.step import draw_inputs, start_training, training_step
 from ldo.sandbox.measure import EXACT_METRICS
 from ldo.sandbox.shipped import GENERATOR
 from ldo.stages import generator_quality as quality
@@ -136,14 +136,6 @@ def test_training_moves_every_weight_from_the_shipped_ones(tmp_path, cache):
         # The average follows at once, but stays between where it began and the weights.
         trailing = (average[name] - weights[name]).norm()
         assert 0 < trailing < moved, name
-
-
-def test_the_average_forgets_where_it_began():
-    average = 1.0
-    for step in range(600):
-        average += share_taken(step, 0.9995) * (0.0 - average)
-    assert average < 1e-9
-    assert share_taken(100_000, 0.9995) == pytest.approx(0.0005)
 
 
 def test_a_decay_is_planned_into_the_time_left(tmp_path, cache, monkeypatch):

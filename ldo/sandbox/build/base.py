@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from ldo.core.optimizer import average_keep
 from ldo.core.rng import torch_rng
 from ldo.models.flow import noisy, training_times
 from ldo.sandbox import scenes
@@ -174,12 +175,10 @@ def train_base(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        # A constant 0.999 would keep the random start in the average for thousands of steps.
-        kept_share = min(0.999, (1 + index) / (10 + index))
         with torch.no_grad():
             for name in ("transformer", "text"):
                 averages = [*networks[f"average_{name}"].parameters()]
-                torch._foreach_lerp_(averages, [*networks[name].parameters()], 1 - kept_share)
+                torch._foreach_lerp_(averages, [*networks[name].parameters()], 1 - average_keep(0.999, index))
         return {"loss": loss.item()}
 
     fit(work / "base.pt", networks, optimizers, step, steps, deadline)

@@ -93,7 +93,7 @@ def build_encoder(encoder: nn.Module) -> None:
             merge[last, last, 2] = 1
             width *= 2
         elif index:
-            # The second widening makes room for all channels and their negatives.
+            # The first block keeps its width. The last makes room for all channels and their negatives.
             wide = layer.conv_shortcut.weight
             wide[:width, :width, 0, 0, 0] = torch.eye(width)
             if width == CHANNELS:

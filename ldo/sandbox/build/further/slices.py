@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldo.core.distributed import Processes, barrier, gather_objects
 from ldo.core.errors import RecipeError, TrainingError
-from ldo.core.optimizer import warmup_rate
+from ldo.core.optimizer import average_keep, warmup_rate
 from ldo.models.generator.families import load_generator
 from ldo.models.generator.protocol import Generator, Options
 from ldo.sandbox.build.base import LENGTH, save_half
@@ -33,7 +33,6 @@ from ldo.sandbox.build.further.step import (
     TrainingState,
     capture_graph,
     draw_inputs,
-    share_taken,
     start_training,
     training_step,
 )
@@ -122,7 +121,7 @@ def train_slice(
             factor = rate_factor(progress.step, settings.warmup, progress.decay)
             muon_rate, adamw_rate = factor * settings.muon_lr, factor * settings.lr
             set_rates(state.optimizer, progress.step, muon_rate, adamw_rate, settings.weight_decay)
-            state.taken.fill_(share_taken(progress.step, settings.keep))
+            state.taken.fill_(1 - average_keep(settings.keep, progress.step))
             drawn = draw_inputs(data, rng, progress.step, settings, processes)
             for held_input, drawn_input in zip(inputs, drawn, strict=True):
                 held_input.copy_(drawn_input)

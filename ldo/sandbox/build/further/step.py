@@ -77,14 +77,6 @@ def start_training(transformer: nn.Module) -> TrainingState:
     )
 
 
-def share_taken(step: int, keep: float) -> float:
-    """What ``step`` (counted from 0) takes of the weights into the average: 1 - ``keep``, and more in the beginning.
-
-    A constant share would hold the weights that the training began with in the average for thousands of steps.
-    """
-    return max(1 - keep, 9 / (10 + step))
-
-
 def training_step(
     state: TrainingState, inputs: tuple[Tensor, ...], settings: Settings, processes: Processes = ALONE
 ) -> None:
